@@ -1,0 +1,80 @@
+# make serve | test | check | bench | asan | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check bench asan clean setup-serve setup-test setup-bench
+
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
+  $$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && exit; done; echo python3)
+TORCH ?= torch==2.13.0
+CUDA ?=
+HOST ?= 127.0.0.1
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+MODEL ?=
+TRITONSERVER ?=
+ARGS ?=
+BENCHMARKS ?= $(addprefix benchmarks/,engine/host_step.py engine/cpu_graphs.py engine/cpu_engine.py engine/busy_neighbour.py \
+  kernels/cpu_linear.py kernels/cpu_attention.py server/cpu_server.py tables.py)
+ASAN_TESTS ?= tests/core tests/kernels
+
+VENV_BIN := .venv/bin
+SETUP = @command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; on Debian or Ubuntu: apt-get install python3 python3-venv python3-dev" >&2; exit 1; }; \
+  $(PYTHON) scripts/setup_environment.py --torch '$(TORCH)' --cuda '$(CUDA)' --extras
+
+help:
+	@echo "make serve   serve a model with tritonserver (MODEL=folder HOST= HTTP_PORT= GRPC_PORT= METRICS_PORT= TRITONSERVER=)"
+	@echo "make test    the whole test suite (ARGS='-k name' goes to pytest)"
+	@echo "make check   ruff, mypy, clang-format"
+	@echo "make bench   the CPU benchmarks, written to benchmarks/results"
+	@echo "make asan    block manager and kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make setup   only what the others need: .venv (PYTHON= TORCH= CUDA=ON|OFF), tritonserver and the default model"
+
+setup-serve:
+	$(SETUP) serve
+setup-test:
+	$(SETUP) test,check
+setup-bench:
+	$(SETUP) bench
+
+setup: setup-serve
+	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'
+
+serve: setup-serve
+	@exec $(VENV_BIN)/python -m pagedcore.serve --model '$(MODEL)' --host '$(HOST)' --http-port $(HTTP_PORT) \
+	  --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) --tritonserver '$(TRITONSERVER)'
+
+test: setup-test
+	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'
+	$(VENV_BIN)/python -m pytest -q $(ARGS)
+
+check: setup-test
+	$(VENV_BIN)/ruff check .
+	$(VENV_BIN)/ruff format --check .
+	$(VENV_BIN)/mypy
+	$(VENV_BIN)/python -m pytest -q tests/test_layering.py
+	$(VENV_BIN)/python benchmarks/tables.py --check
+	git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs $(VENV_BIN)/clang-format --dry-run --Werror
+
+bench: setup-bench
+	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'
+	set -e; for script in $(BENCHMARKS); do $(VENV_BIN)/python $$script; done
+
+# The instrumented modules live in a tree of their own, put before site-packages by -S, which leaves out .pth files.
+ASAN_TREE := build/asan/tree
+asan: setup-test
+	cmake=$(CURDIR)/$(VENV_BIN)/cmake; $$cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV_BIN)/ninja -DPAGEDCORE_SANITIZE=ON -DPAGEDCORE_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(VENV_BIN)/python -Dpybind11_DIR=$$($(VENV_BIN)/python -m pybind11 --cmakedir) \
+	  && $$cmake --build build/asan
+	rm -rf $(ASAN_TREE) && mkdir -p $(ASAN_TREE) && cp -r pagedcore kernels tests pyproject.toml $(ASAN_TREE)
+	$(VENV_BIN)/cmake --install build/asan --prefix $(ASAN_TREE)
+	site=$$($(VENV_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && cd $(ASAN_TREE) && \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$site \
+	  $(CURDIR)/$(VENV_BIN)/python -S -m pytest -q -p no:cacheprovider --capture=sys $(ASAN_TESTS) $(ARGS)
+
+clean:
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

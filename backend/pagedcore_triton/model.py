@@ -1,0 +1,163 @@
+"""The model that Triton's Python backend loads: requests in, a stream of responses out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from pagedcore.config import EngineConfig
+from pagedcore.engine.request import Request
+from pagedcore.errors import ConfigError, RequestError
+from pagedcore.serve.cache import SetupError
+from pagedcore.serve.default_model import resolve_model
+from pagedcore.text import OutputText
+from pagedcore_triton.metrics import Metrics
+from pagedcore_triton.protocol import INPUTS, OUTPUTS, OutputDelta, encode, parse_json_object, parse_request
+from pagedcore_triton.responses import ErrorCode, ResponseStream, SenderPool, error_of
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0  # for each part of finalize
+
+
+class TritonChannel:
+    """The way back to a request's client, through Triton's response sender."""
+
+    def __init__(self, sender: Any) -> None:
+        self._sender = sender
+
+    def send(self, delta: OutputDelta, final: bool) -> None:
+        tensors = [pb_utils.Tensor(name, array) for name, array in encode(delta).items()]
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
+
+    def send_error(self, code: ErrorCode, message: str) -> None:
+        error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code.value))
+        response = pb_utils.InferenceResponse(output_tensors=[], error=error)
+        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+
+class TritonPythonModel:
+    """One engine, and the threads that carry its requests and responses."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        """Add the inputs and outputs that config.pbtxt leaves out. Runs in a process of its own, without the engine."""
+        config = auto_complete_model_config.as_dict()
+        given = {tensor["name"] for tensor in (*config["input"], *config["output"])}
+        for tensor in INPUTS:
+            if tensor.name not in given:
+                auto_complete_model_config.add_input(tensor.config())
+        for output in OUTPUTS:
+            if output.name not in given:
+                auto_complete_model_config.add_output(output.config())
+        auto_complete_model_config.set_max_batch_size(0)
+        auto_complete_model_config.set_model_transaction_policy({"decoupled": True})
+        return auto_complete_model_config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine that model.json describes; raises TritonModelException if it cannot be."""
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        try:
+            _check_model_config(json.loads(args["model_config"]))
+            config = _read_engine_config(Path(args["model_repository"], args["model_version"], "model.json"))
+            from pagedcore.build import build_engine  # it loads torch, which a wrong configuration need not wait for
+
+            self._loaded = build_engine(config)
+        except (ConfigError, SetupError) as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        assert self._loaded.tokenizer is not None
+        self._tokenizer = self._loaded.tokenizer
+        self._engine = self._loaded.engine
+        self._request_ids = itertools.count()
+        self._senders = SenderPool(self._engine)
+        self._senders.start()
+        self._metrics: Metrics | None = None
+        if not config.disable_log_stats:
+            labels = {"model": args["model_name"], "version": args["model_version"]}
+            self._metrics = Metrics(self._engine.stats, labels)
+            self._metrics.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand every request to the engine and return; a request that cannot be served is answered here."""
+        for request in requests:
+            channel = TritonChannel(request.get_response_sender())
+            try:
+                self._submit(request, channel)
+            except Exception as error:
+                code, message = error_of(error)
+                if code is ErrorCode.INTERNAL:
+                    logger.exception("a request failed before it reached the engine")
+                channel.send_error(code, message)
+
+    def is_ready(self) -> bool:
+        """Whether the engine is alive and making progress; Triton asks from its 2026 releases on."""
+        return self._engine.is_healthy()
+
+    def finalize(self) -> None:
+        """Stop the threads; what is unfinished gets an error. Takes a bounded time."""
+        self._loaded.shutdown()
+        self._senders.stop(STOP_SECONDS)
+        if self._metrics is not None:
+            self._metrics.stop(STOP_SECONDS)
+
+    def _submit(self, request: Any, channel: TritonChannel) -> None:
+        inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        generate = parse_request(inputs, request.parameters())
+        params = generate.sampling_params
+        prompt_token_ids = self._tokenizer.encode(generate.prompt)
+        request_id = str(next(self._request_ids))
+        text = OutputText(
+            self._tokenizer,
+            prompt_token_ids,
+            stop=params.stop or (),
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+        prefix = generate.prompt if generate.echo else ""
+        stream = ResponseStream(request_id, channel, text, params, stream=generate.stream, prefix=prefix)
+        self._senders.add(stream)
+        try:
+            self._engine.submit(Request(request_id, prompt_token_ids, params), stream)
+        except Exception as error:
+            # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
+            self._senders.discard(stream)
+            stream.refuse(error)
+
+
+def _check_model_config(model_config: dict[str, Any]) -> None:
+    """Raise ConfigError for a config.pbtxt under which the engine cannot serve."""
+    if not pb_utils.using_decoupled_model_transaction_policy(model_config):
+        raise ConfigError("config.pbtxt: model_transaction_policy { decoupled: true } is required")
+    count = sum(group["count"] for group in model_config["instance_group"])
+    if count != 1:
+        raise ConfigError(
+            f"config.pbtxt: instance_group must have 1 instance (one engine serves all requests), got {count}"
+        )
+    for kind, rows in (("input", INPUTS), ("output", OUTPUTS)):
+        given = {tensor["name"]: (tensor["data_type"], tuple(tensor["dims"])) for tensor in model_config[kind]}
+        for row in rows:
+            if given.get(row.name) != (row.data_type, row.dims):
+                wanted = f"{row.data_type} and dims {list(row.dims)}, or be left out"
+                raise ConfigError(f"config.pbtxt: {kind} {row.name} must have {wanted}, got {given.get(row.name)}")
+
+
+def _read_engine_config(path: Path) -> EngineConfig:
+    try:
+        arguments = parse_json_object(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RequestError) as error:
+        raise ConfigError(f"the engine's arguments cannot be read: {error}") from error
+    config = EngineConfig.from_dict(arguments)
+    if config.skip_tokenizer_init:
+        raise ConfigError("skip_tokenizer_init must be false: this server's input and output are text")
+    resolve_model(config.model)
+    return config

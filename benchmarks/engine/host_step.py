@@ -1,0 +1,86 @@
+"""Host work of one decode step (schedule, fill the packed buffer, commit) at 256 sequences, without a model.
+
+Usage: python benchmarks/engine/host_step.py
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import report
+from pagedcore._core import BlockManager
+from pagedcore.engine.request import Request
+from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.engine.sequence import Sequence
+from pagedcore.engine.step_plan import StepPlan, StepResult
+
+BUDGET_US = 500.0
+BLOCK_SIZE, MAX_MODEL_LEN, STEPS = 16, 4096, 400
+
+
+def prepare(num_sequences: int) -> Scheduler:
+    """A scheduler whose sequences have all been prefilled: 100 to 1024 prompt tokens each."""
+    rng = np.random.default_rng(0)
+    blocks = BlockManager(num_sequences * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
+    buffers = [np.zeros(4 << 20, dtype=np.int32) for _ in range(3)]
+    scheduler = Scheduler(SchedulerConfig(num_sequences, 8192), blocks, buffers)
+    for number in range(num_sequences):
+        prompt = rng.integers(0, 50_000, int(rng.integers(100, 1025))).tolist()
+        params = SamplingParams(temperature=0.6, seed=number, max_tokens=None, ignore_eos=True)
+        scheduler.add(Sequence(number, Request(str(number), prompt, params), MAX_MODEL_LEN, frozenset(), number))
+    while scheduler.waiting or any(s.num_tokens - s.num_computed_tokens > 1 for s in scheduler.running):
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.commit(plan, drawn(plan))
+    return scheduler
+
+
+def drawn(plan: StepPlan) -> StepResult:
+    return StepResult(np.full(len(plan.sequences), 17, dtype=np.int32))
+
+
+def measure(num_sequences: int) -> float:
+    """Median microseconds of schedule + commit, one step ahead."""
+    scheduler = prepare(num_sequences)
+    before = scheduler.schedule()
+    assert before is not None
+    times = []
+    gc.collect()
+    gc.freeze()
+    for _ in range(STEPS):
+        result = drawn(before)
+        begin = time.perf_counter()
+        plan = scheduler.schedule()
+        scheduler.commit(before, result)
+        times.append(time.perf_counter() - begin)
+        assert plan is not None and len(plan.sequences) == num_sequences
+        before = plan
+    return statistics.median(times) * 1e6
+
+
+def main() -> None:
+    rows = [
+        report.row(
+            f"schedule + fill + commit, {num} sequences",
+            measure(num),
+            "us",
+            "budget",
+            BUDGET_US * num / 256,
+            higher_is_better=False,
+        )
+        for num in (32, 256)
+    ]
+    report.write("host_step", rows, "one core; 100-1024 prompt tokens a sequence, block size 16, one step ahead")
+
+
+if __name__ == "__main__":
+    main()

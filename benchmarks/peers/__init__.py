@@ -1,0 +1,1 @@
+"""The engines we are measured against, each behind the same small protocol."""

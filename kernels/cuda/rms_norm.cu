@@ -1,0 +1,87 @@
+// RMSNorm with an optional residual addition before it (Zhang and Sennrich 2019, equation 4): one pass, a row to a
+// thread block.
+#include "common.cuh"
+
+namespace pagedcore::cuda {
+namespace {
+
+constexpr int kVector = 8;      // elements a thread holds at a time
+constexpr int kMaxVectors = 4;  // of them, for the widest rows
+constexpr int kMaxThreads = 512;
+
+template <typename T>
+struct alignas(sizeof(T) * kVector) Vector {
+  T values[kVector];
+};
+
+// `kVectors`: how many vectors of its row each thread keeps in registers between the two uses.
+template <typename T, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_constant__ RMSNorm a) {
+  __shared__ float warp_sums[kWarpSize];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int row_vectors = a.hidden_size / kVector;
+  const int64_t row = int64_t{blockIdx.x} * row_vectors;
+  const Vector<T>* x = static_cast<const Vector<T>*>(a.x) + row;
+  Vector<T>* residual = static_cast<Vector<T>*>(a.residual) + row;
+  const Vector<T>* weight = static_cast<const Vector<T>*>(a.weight);
+  Vector<T>* out = static_cast<Vector<T>*>(a.out) + row;
+
+  Vector<T> kept[kVectors];
+  float sum = 0.f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int index = v * blockDim.x + threadIdx.x;
+    if (index >= row_vectors) break;
+    kept[v] = x[index];
+    if (a.residual != nullptr) {
+      const Vector<T> before = residual[index];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        kept[v].values[i] = from_float<T>(to_float(kept[v].values[i]) + to_float(before.values[i]));
+      residual[index] = kept[v];
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sum += to_float(kept[v].values[i]) * to_float(kept[v].values[i]);
+  }
+  sum = reduce_warp(sum, Add{});
+  if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = sum;
+  __syncthreads();
+  const int lane = threadIdx.x % kWarpSize;
+  sum = reduce_warp(lane < static_cast<int>(blockDim.x) / kWarpSize ? warp_sums[lane] : 0.f, Add{});
+  const float scale = rsqrtf(sum / a.hidden_size + a.eps);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int index = v * blockDim.x + threadIdx.x;
+    if (index >= row_vectors) break;
+    const Vector<T> w = weight[index];
+    Vector<T> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      // Rounded before the weight is applied, as in the models' reference implementation.
+      result.values[i] =
+          from_float<T>(to_float(w.values[i]) * to_float(from_float<T>(to_float(kept[v].values[i]) * scale)));
+    }
+    out[index] = result;
+  }
+}
+
+}  // namespace
+
+void rms_norm(const RMSNorm& a, Stream stream) {
+  if (a.num_tokens == 0) return;
+  const int row_vectors = a.hidden_size / kVector;
+  if (a.hidden_size % kVector != 0 || row_vectors > kMaxVectors * kMaxThreads) {
+    throw std::invalid_argument("hidden_size: the CUDA rms_norm needs a multiple of " + std::to_string(kVector) +
+                                " up to " + std::to_string(kVector * kMaxVectors * kMaxThreads) + ", got " +
+                                std::to_string(a.hidden_size));
+  }
+  const int threads = min(ceil_div(row_vectors, kWarpSize) * kWarpSize, kMaxThreads);
+  dispatch_dtype(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    launch(row_vectors <= threads ? rms_norm_kernel<T, 1> : rms_norm_kernel<T, kMaxVectors>, a.num_tokens, threads, 0,
+           stream, a);
+  });
+}
+
+}  // namespace pagedcore::cuda

@@ -1,0 +1,1 @@
+from pagedcore_triton.model import TritonPythonModel

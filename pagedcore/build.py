@@ -1,0 +1,123 @@
+"""Composition root: the one file that knows every part of an engine and puts them together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pagedcore._core import BlockManager
+from pagedcore.config import EngineConfig
+from pagedcore.engine.engine import Engine, EngineLimits
+from pagedcore.engine.engine_thread import EngineThread
+from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.errors import ConfigError
+from pagedcore.execution.local import LocalExecutor
+from pagedcore.models.config import ModelConfig
+from pagedcore.serve.cache import SetupError
+from pagedcore.serve.default_model import resolve_model
+from pagedcore.text import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+EngineT = TypeVar("EngineT", Engine, EngineThread)
+
+
+@dataclass(frozen=True)
+class LoadedEngine(Generic[EngineT]):
+    """An engine ready for requests, and what its users need to know of the model."""
+
+    engine: EngineT
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    config: EngineConfig
+
+    def shutdown(self) -> None:
+        """End what is unfinished, stop the threads and release the device."""
+        self.engine.shutdown()
+
+
+def build_engine(config: EngineConfig) -> LoadedEngine[EngineThread]:
+    """Load a model and start its engine on a thread of its own. Raises ConfigError."""
+    loaded = load_engine(config)
+    engine = EngineThread(loaded.engine)
+    engine.start()
+    return LoadedEngine(
+        engine, loaded.tokenizer, loaded.max_model_len, loaded.vocab_size, loaded.eos_token_ids, loaded.config
+    )
+
+
+def load_engine(config: EngineConfig) -> LoadedEngine[Engine]:
+    """Load a model and build the engine that its user steps. Raises ConfigError."""
+    begin = time.monotonic()
+    try:
+        folder = resolve_model(config.model)
+    except SetupError as error:
+        raise ConfigError(str(error)) from error
+    model = ModelConfig.from_folder(folder)
+    max_model_len = _max_model_len(config, model)
+    executor = LocalExecutor(config, model, folder, max_model_len, _max_batched_tokens(config, max_model_len))
+    try:
+        tokenizer = None if config.skip_tokenizer_init else load_tokenizer(Path(config.tokenizer or folder))
+        engine = _build(config, model, executor, max_model_len)
+    except Exception:
+        executor.shutdown()
+        raise
+    logger.info("ready after %.1f s: %s, max_model_len %d", time.monotonic() - begin, folder, max_model_len)
+    return LoadedEngine(engine, tokenizer, max_model_len, model.vocab_size, tuple(model.eos_token_ids), config)
+
+
+def _build(config: EngineConfig, model: ModelConfig, executor: LocalExecutor, max_model_len: int) -> Engine:
+    shape = executor.kv_cache_shape
+    blocks = BlockManager(
+        shape.num_blocks,
+        shape.block_size,
+        num_host_blocks=shape.num_host_blocks,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=_max_batched_tokens(config, max_model_len),
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+        ),
+        blocks,
+        executor.step_buffers(),
+    )
+    limits = EngineLimits(
+        max_model_len, model.vocab_size, min(config.max_logprobs, model.vocab_size), frozenset(model.eos_token_ids)
+    )
+    return Engine(scheduler, executor, limits, seed=config.seed, one_step_ahead=config.async_scheduling)
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_context_len
+    if config.max_model_len > model.max_context_len:
+        raise ConfigError(
+            f"max_model_len must be at most {model.max_context_len} (the model's longest context), "
+            f"got {config.max_model_len}"
+        )
+    return config.max_model_len
+
+
+def _max_batched_tokens(config: EngineConfig, max_model_len: int) -> int:
+    """The step's token budget: at least one token for each sequence, and a whole prompt where prompts are not chunked."""
+    budget = config.max_num_batched_tokens
+    if budget is None:
+        budget = max(DEFAULT_BATCHED_TOKENS["cpu" if config.device != "cuda" else "cuda"], config.max_num_seqs)
+        return budget if config.enable_chunked_prefill else max(budget, max_model_len)
+    if budget < config.max_num_seqs:
+        raise ConfigError(f"max_num_batched_tokens must be at least max_num_seqs = {config.max_num_seqs}, got {budget}")
+    if not config.enable_chunked_prefill and budget < max_model_len:
+        raise ConfigError(
+            f"without chunked prefill, max_num_batched_tokens must be at least max_model_len = {max_model_len}, got {budget}"
+        )
+    return budget

@@ -1,0 +1,116 @@
+"""The engine's configuration, with vLLM's argument names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pagedcore.errors import ConfigError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that shapes an engine. Names and meanings are those of vLLM's engine arguments where it has them.
+
+    `None` means: chosen when the engine is built, from the model, the device and its memory.
+    `swap_space` and `kv_cache_memory_bytes`: GiB and bytes. `gpu_memory_utilization`: share of the device's memory, for
+    weights, KV cache and workspace together; on a CPU, share of the memory that is free after loading, at most
+    `max_num_seqs` sequences of `max_model_len` tokens and 4 GiB, unless `kv_cache_memory_bytes` says otherwise.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    max_logprobs: int = 20
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    async_scheduling: bool = True
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    swap_space: float = 4.0
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    num_threads: int | None = None
+    disable_log_stats: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_choice("dtype", DTYPES)
+        self._check_choice("device", DEVICES)
+        self._check_choice("load_format", LOAD_FORMATS)
+        self._check_choice("block_size", BLOCK_SIZES)
+        for name in (
+            "max_model_len",
+            "max_num_batched_tokens",
+            "num_gpu_blocks_override",
+            "num_threads",
+            "kv_cache_memory_bytes",
+        ):
+            if getattr(self, name) is not None:
+                self._check_integer(name, 1)
+        self._check_integer("max_num_seqs", 1, 4096)
+        self._check_integer("max_logprobs", 0, 1000)
+        self._check_integer("seed", 0, 2**63 - 1)
+        self._check_integer("tensor_parallel_size", 1)
+        self._check_integer("pipeline_parallel_size", 1)
+        self._check_number("gpu_memory_utilization", 0.01, 1.0)
+        self._check_number("swap_space", 0.0, 1e6)
+        for field in dataclasses.fields(self):
+            if field.type in ("bool", bool) and not isinstance(getattr(self, field.name), bool):
+                raise ConfigError(f"{field.name} must be true or false, got {getattr(self, field.name)!r}")
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"model must be the path of a Hugging Face model folder, got {self.model!r}")
+        if self.tokenizer is not None and (not isinstance(self.tokenizer, str) or not self.tokenizer):
+            raise ConfigError(f"tokenizer must be the path of a Hugging Face tokenizer folder, got {self.tokenizer!r}")
+        if self.trust_remote_code:
+            raise ConfigError("trust_remote_code must be false: pagedcore never runs code from a model folder")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ConfigError(f"{name} must be 1 (this version runs on one device), got {getattr(self, name)}")
+
+    @classmethod
+    def from_dict(cls, arguments: Mapping[str, Any]) -> EngineConfig:
+        """Build from a mapping such as model.json; unknown keys raise ConfigError with the list of valid ones."""
+        valid = [field.name for field in dataclasses.fields(cls)]
+        for key in arguments:
+            if key not in valid:
+                near = difflib.get_close_matches(key, valid, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"unknown engine argument {key!r}.{hint} Valid ones: {', '.join(valid)}")
+        if "model" not in arguments:
+            raise ConfigError("engine argument 'model' is required: the path of a Hugging Face model folder")
+        return cls(**arguments)
+
+    def _check_choice(self, name: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed or type(value) is not type(allowed[0]):
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
+            raise ConfigError(f"{name} must be an integer {limit}, got {value!r}")
+
+    def _check_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ConfigError(f"{name} must be a number in [{low}, {high}], got {value!r}")

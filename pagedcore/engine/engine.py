@@ -1,0 +1,168 @@
+"""The synchronous engine: requests in, one step at a time, token outputs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pagedcore.engine.executor import Executor, PendingStep
+from pagedcore.engine.outputs import EngineStats, TokenOutput
+from pagedcore.engine.request import Request
+from pagedcore.engine.scheduler import Scheduler
+from pagedcore.engine.sequence import FinishReason, Sequence
+from pagedcore.engine.step_plan import StepPlan
+from pagedcore.errors import EngineDeadError, RequestError
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3  # in a row; after that the device or the model is taken to be broken
+
+_MASK64 = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What bounds a single request."""
+
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int
+    eos_token_ids: frozenset[int]
+
+
+class Engine:
+    """Runs plan, launch and commit; with `one_step_ahead`, plans and launches step n + 1 before step n is committed.
+
+    Not thread-safe: `EngineThread` is its only user in a server.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        limits: EngineLimits,
+        *,
+        seed: int = 0,
+        one_step_ahead: bool = True,
+    ) -> None:
+        self.scheduler = scheduler
+        self.limits = limits
+        self._executor = executor
+        self._one_step_ahead = one_step_ahead
+        self._seed = seed
+        self._num_requests = 0
+        self._sequences: dict[str, Sequence] = {}
+        self._launched: tuple[StepPlan, PendingStep] | None = None
+        self._num_failed_steps = 0
+
+    def check(self, request: Request) -> int:
+        """Return the most tokens, prompt included, the request may reach; raise RequestError if it cannot be served."""
+        num_prompt_tokens = len(request.prompt_token_ids)
+        limits, params = self.limits, request.sampling_params
+        if num_prompt_tokens == 0:
+            raise RequestError("the prompt is empty; it must have at least 1 token")
+        if num_prompt_tokens >= limits.max_model_len:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens; it must have at most {limits.max_model_len - 1}, so that prompt "
+                f"and output fit max_model_len = {limits.max_model_len}"
+            )
+        low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
+        if low < 0 or high >= limits.vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(f"prompt_token_ids must be in [0, {limits.vocab_size - 1}], got {wrong}")
+        wrong_stops = [token for token in params.stop_token_ids if token >= limits.vocab_size]
+        if wrong_stops:
+            raise RequestError(f"stop_token_ids must be in [0, {limits.vocab_size - 1}], got {wrong_stops[0]}")
+        if params.logprobs is not None and params.logprobs > limits.max_logprobs:
+            raise RequestError(f"logprobs must be in [0, {limits.max_logprobs}] (max_logprobs), got {params.logprobs}")
+        max_total_tokens = limits.max_model_len
+        if params.max_tokens is not None:
+            max_total_tokens = min(max_total_tokens, num_prompt_tokens + params.max_tokens)
+        self.scheduler.check_fits(num_prompt_tokens, max_total_tokens)
+        return max_total_tokens
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request; raises RequestError if it can never be served or its id is in use."""
+        if request.request_id in self._sequences:
+            raise RequestError(f"request_id {request.request_id!r} is in use by an unfinished request")
+        max_total_tokens = self.check(request)
+        params = request.sampling_params
+        stop_token_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_token_ids |= self.limits.eos_token_ids
+        number = self._num_requests
+        self._num_requests += 1
+        seed = params.seed if params.seed is not None else _mix(self._seed, number)
+        sequence = Sequence(number, request, max_total_tokens, stop_token_ids, seed)
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> TokenOutput | None:
+        """End a request and free its blocks; returns its final output, or None if it has already ended."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return None
+        self.scheduler.abort(sequence)
+        return TokenOutput(request_id, 0, [], FinishReason.ABORT)
+
+    def has_work(self) -> bool:
+        return self._launched is not None or self.scheduler.has_unfinished()
+
+    def step(self) -> list[TokenOutput]:
+        """Plan and launch a step, and return the outputs of the step before it (of this one, if not one step ahead).
+
+        A failed step ends its own requests with an error. Raises EngineDeadError after MAX_FAILED_STEPS in a row.
+        """
+        plan = self.scheduler.schedule()
+        before, self._launched = self._launched, None
+        if plan is not None:
+            self._launched = (plan, self._executor.launch(plan))
+        outputs = self._commit(before) if before is not None else []
+        if not self._one_step_ahead and self._launched is not None:
+            launched, self._launched = self._launched, None
+            outputs += self._commit(launched)
+        return outputs
+
+    def _commit(self, launched: tuple[StepPlan, PendingStep]) -> list[TokenOutput]:
+        plan, pending = launched
+        try:
+            result = pending.wait()
+        except Exception as error:  # whatever it is, it is scoped to this step's requests
+            return self._step_failed(plan, error)
+        self._num_failed_steps = 0
+        outputs = self.scheduler.commit(plan, result)
+        self._forget(outputs)
+        return outputs
+
+    def _step_failed(self, plan: StepPlan, error: Exception) -> list[TokenOutput]:
+        logger.error("step %d with %d sequences failed", plan.step_id, len(plan.sequences), exc_info=error)
+        if any(sequence.finish_reason is FinishReason.ERROR for sequence in plan.sequences):
+            # Launched before the failure of the step before was known, with the request that may have caused it.
+            self.scheduler.retry_step(plan)
+            return []
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise EngineDeadError(f"{MAX_FAILED_STEPS} steps in a row failed; the last one with: {error}") from error
+        outputs = self.scheduler.fail_step(plan, error)
+        self._forget(outputs)
+        return outputs
+
+    def _forget(self, outputs: Iterable[TokenOutput]) -> None:
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._sequences[output.request_id]
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    def shutdown(self) -> None:
+        self._executor.shutdown()
+
+
+def _mix(seed: int, number: int) -> int:
+    """A 63-bit seed for a request without one: SplitMix64 of the engine's seed and the request's number."""
+    x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return (x ^ (x >> 31)) >> 1

@@ -1,0 +1,142 @@
+"""The engine on a thread of its own: an inbox before it, a sink per request behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+
+from pagedcore.engine.engine import Engine
+from pagedcore.engine.outputs import EngineStats, OutputSink, TokenOutput
+from pagedcore.engine.request import Request
+from pagedcore.engine.sequence import FinishReason
+from pagedcore.errors import EngineDeadError, RequestError
+
+logger = logging.getLogger(__name__)
+
+STALLED_SECONDS = 60.0  # a step that takes longer than this counts as a stalled engine
+
+
+class EngineThread:
+    """Runs an Engine until shutdown; any thread may submit and abort.
+
+    Every accepted request gets exactly one output with a finish reason, whatever happens: finished, aborted, failed, or
+    the engine's death. Sinks are called on the engine thread and must return at once.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox: deque[tuple[Request, OutputSink] | str] = deque()
+        self._wake = threading.Event()
+        self._lock = threading.Lock()  # guards _closed against a submit that would be left behind in the inbox
+        self._closed = False
+        self._stopping = False
+        self._sinks: dict[str, OutputSink] = {}
+        self._error: Exception | None = None
+        self._progress_at = time.monotonic()
+        self._busy = False
+        self._thread = threading.Thread(target=self._run, name="pagedcore-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request, sink: OutputSink) -> None:
+        """Hand over a request; returns at once. Raises RequestError or EngineDeadError, and then nothing will be pushed."""
+        self._engine.check(request)
+        self._post((request, sink))
+
+    def abort(self, request_id: str) -> None:
+        """End a request; unless it ends on its own before that, its last output has the reason ABORT."""
+        try:
+            self._post(request_id)
+        except EngineDeadError:
+            return  # the engine's end has already answered every request
+
+    def _post(self, item: tuple[Request, OutputSink] | str) -> None:
+        with self._lock:
+            if self._closed:
+                raise EngineDeadError(f"the engine has stopped: {self._error or 'it was shut down'}")
+            self._inbox.append(item)
+        self._wake.set()
+
+    def stats(self) -> EngineStats:
+        """The engine's counters as of about now."""
+        return self._engine.stats()
+
+    def is_healthy(self) -> bool:
+        """Whether the engine thread is alive and making progress."""
+        if self._closed or not self._thread.is_alive():
+            return False
+        return not self._busy or time.monotonic() - self._progress_at < STALLED_SECONDS
+
+    def shutdown(self, timeout: float = 8.0) -> None:
+        """Stop after the step in hand, at most `timeout` seconds from now; what is unfinished ends with EngineDeadError."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        if self._thread.is_alive():
+            logger.error("the step in hand has not ended after %.0f s; leaving it behind", timeout)
+            self._close()
+        self._engine.shutdown()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._drain_inbox()
+                self._progress_at = time.monotonic()
+                if self._engine.has_work():
+                    self._busy = True
+                    self._deliver(self._engine.step())
+                else:
+                    self._busy = False
+                    self._wake.wait()
+                    self._wake.clear()
+        except Exception as error:
+            logger.exception("the engine stopped")
+            self._error = error
+        finally:
+            self._close()
+
+    def _drain_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, str):
+                output = self._engine.abort(item)
+                if output is not None:
+                    self._deliver([output])
+                continue
+            request, sink = item
+            try:
+                self._engine.add_request(request)
+            except Exception as error:  # scoped to this request: it has not become part of anything
+                if not isinstance(error, RequestError):
+                    logger.exception("request %s could not be added", request.request_id)
+                sink.push(TokenOutput(request.request_id, 0, [], FinishReason.ERROR, error=error))
+            else:
+                self._sinks[request.request_id] = sink
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            if output.finish_reason is None:
+                self._sinks[output.request_id].push(output)
+            else:
+                self._sinks.pop(output.request_id).push(output)
+
+    def _close(self) -> None:
+        """Refuse what comes from now on, and end everything that is still open, whatever state the engine is in."""
+        with self._lock:
+            self._closed = True
+        error = EngineDeadError(f"the engine has stopped: {self._error or 'it was shut down'}")
+        # Item by item: after a shutdown that did not wait, the engine thread may get here as well.
+        with contextlib.suppress(IndexError):
+            while True:
+                item = self._inbox.popleft()
+                if not isinstance(item, str):
+                    item[1].push(TokenOutput(item[0].request_id, 0, [], FinishReason.ERROR, error=error))
+        with contextlib.suppress(KeyError):
+            while True:
+                request_id, sink = self._sinks.popitem()
+                sink.push(TokenOutput(request_id, 0, [], FinishReason.ERROR, error=error))

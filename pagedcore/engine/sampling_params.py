@@ -1,0 +1,235 @@
+"""How to continue a prompt: the sampling parameters of one request, with vLLM's names and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import numbers
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pagedcore.errors import RequestError
+
+GREEDY_TEMPERATURE = 1e-5  # below it, sampling is greedy
+MAX_TEMPERATURE = 100.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # keeps penalized logits finite
+MAX_SEED = 2**64 - 1
+MAX_TOKENS = 2**31 - 1
+MAX_LOGPROBS = 1000
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 128
+
+_INTEGER_FIELDS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs")
+_FLOAT_FIELDS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
+_BOOL_FIELDS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "use_beam_search",
+)
+_UNSUPPORTED_FIELDS = (
+    "best_of",
+    "prompt_logprobs",
+    "bad_words",
+    "logit_bias",
+    "allowed_token_ids",
+    "logits_processors",
+    "structured_outputs",
+    "truncate_prompt_tokens",
+)
+_INTEGER_TEXT = re.compile(r"[+-]?[0-9]{1,20}")
+_FLOAT_TEXT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
+_BOOL_TEXT = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """One request's sampling parameters. One that exists is valid: a bad value raises RequestError.
+
+    Values are normalized: `stop` and `stop_token_ids` become tuples (a single stop string may be given as text), a
+    `top_k` of -1 becomes 0 (all), a `seed` of -1 becomes None, and a temperature below 1e-5 becomes 0 (greedy), which
+    switches top_k, top_p and min_p off.
+
+    n: output sequences; only 1 in this version
+    presence_penalty, frequency_penalty: in [-2, 2]; taken off the logit of a token that has been output: once, or once
+        for each time
+    repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt or output
+    temperature: 0 is greedy
+    top_p, top_k, min_p: keep the most likely tokens of this cumulative probability; this many (0: all); those at least
+        this likely, relative to the most likely one. Applied in the order top_k, top_p, min_p
+    seed: makes the draws reproducible; None: the engine chooses
+    stop, stop_token_ids: texts and token ids that end the output
+    ignore_eos: do not end at the end-of-sequence token
+    max_tokens: output tokens at most; None: until the context is full
+    min_tokens: output tokens at least; until then, end-of-sequence and stop tokens are not drawn
+    logprobs: how many of the most likely tokens to report beside each output token; None: no log probabilities
+    detokenize: False gives token ids only, and excludes stop strings
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    use_beam_search: bool = False
+    best_of: int | None = None
+    prompt_logprobs: int | None = None
+    bad_words: Sequence[str] | None = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    logits_processors: Sequence[Any] | None = None
+    structured_outputs: Any = None
+    truncate_prompt_tokens: int | None = None
+    has_penalties: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._refuse_unsupported()
+        for name in _BOOL_FIELDS:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {_shown(getattr(self, name))}")
+        self._check_float("presence_penalty", -2.0, 2.0)
+        self._check_float("frequency_penalty", -2.0, 2.0)
+        self._check_float("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+        self._check_float("temperature", 0.0, MAX_TEMPERATURE)
+        self._check_float("top_p", 0.0, 1.0, above_low=True)
+        self._check_float("min_p", 0.0, 1.0)
+        self._check_integer("top_k", -1, MAX_TOKENS)
+        self._check_integer("seed", -1, MAX_SEED, optional=True)
+        self._check_integer("max_tokens", 1, MAX_TOKENS, optional=True)
+        self._check_integer("min_tokens", 0, MAX_TOKENS)
+        self._check_integer("logprobs", 0, MAX_LOGPROBS, optional=True)
+        self._check_stop()
+        self._check_stop_token_ids()
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        self._normalize()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from a decoded JSON object. Numbers and booleans may be given as text: "100", "0.5", "true".
+
+        Raises RequestError for an unknown key (naming the nearest known one), a wrong type or a value out of range.
+        """
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f", did you mean {near[0]!r}?" if near else f"; known ones: {', '.join(known)}"
+                raise RequestError(f"unknown sampling parameter {_shown(key)}{hint}")
+        return cls(**{key: _from_text(key, value) for key, value in values.items()})
+
+    def _refuse_unsupported(self) -> None:
+        if not _is_integer(self.n, 1, 1):
+            raise RequestError(f"n must be 1 in this version, got {_shown(self.n)}")
+        if self.use_beam_search is True:
+            raise RequestError("use_beam_search must be false in this version, got True")
+        for name in _UNSUPPORTED_FIELDS:
+            value = getattr(self, name)
+            if value is not None and value != []:
+                raise RequestError(f"{name} is not supported in this version and must be left out, got {_shown(value)}")
+
+    def _check_float(self, name: str, low: float, high: float, *, above_low: bool = False) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or (above_low and value == low):
+            allowed = f"{'(' if above_low else '['}{low:g}, {high:g}]"
+            raise RequestError(f"{name} must be a number in {allowed}, got {_shown(value)}")
+        object.__setattr__(self, name, float(value))
+
+    def _check_integer(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if not _is_integer(value, low, high):
+            raise RequestError(f"{name} must be an integer in [{low}, {high}], got {_shown(value)}")
+        object.__setattr__(self, name, int(value))
+
+    def _check_stop(self) -> None:
+        given: Any = self.stop
+        strings = (given,) if isinstance(given, str) else _items("stop", given, "text or a list of texts")
+        if len(strings) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop must hold at most {MAX_STOP_STRINGS} texts, got {len(strings)}")
+        for text in strings:
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_LENGTH:
+                limit = f"1 to {MAX_STOP_STRING_LENGTH} characters"
+                raise RequestError(f"stop must hold texts of {limit}, got {_shown(text)}")
+        if strings and not self.detokenize:
+            raise RequestError("stop needs detokenize to be true: stop texts are looked for in the output's text")
+        object.__setattr__(self, "stop", strings)
+
+    def _check_stop_token_ids(self) -> None:
+        ids = _items("stop_token_ids", self.stop_token_ids, "a list of token ids")
+        if len(ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(ids)}")
+        for token_id in ids:
+            if not _is_integer(token_id, 0, MAX_TOKENS):
+                raise RequestError(f"stop_token_ids must hold token ids (integers from 0 up), got {_shown(token_id)}")
+        object.__setattr__(self, "stop_token_ids", tuple(int(token_id) for token_id in ids))
+
+    def _normalize(self) -> None:
+        if self.temperature < GREEDY_TEMPERATURE:
+            for name, off in (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+                object.__setattr__(self, name, off)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
+        penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
+        object.__setattr__(self, "has_penalties", any(penalty != 0.0 for penalty in penalties))
+
+
+def _is_integer(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def _items(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} must be {wanted}, got {_shown(value)}")
+    return tuple(value)
+
+
+def _from_text(name: str, value: Any) -> Any:
+    """The number or boolean that a text stands for, where the field wants one; else the value itself."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if name in _INTEGER_FIELDS and _INTEGER_TEXT.fullmatch(text):
+        return int(text)
+    if name in _FLOAT_FIELDS and _FLOAT_TEXT.fullmatch(text):
+        return float(text)
+    if name in _BOOL_FIELDS:
+        return _BOOL_TEXT.get(text.lower(), value)
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value for an error text: escaped and cut."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    text = ascii(value)
+    return text if len(text) <= 64 else text[:61] + "..."

@@ -1,0 +1,139 @@
+"""What one step computes, and the layout of the packed int32 buffer that carries it to the executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from pagedcore.engine.sequence import Sequence
+
+Int32Array = npt.NDArray[np.int32]
+
+HEADER_SIZE = 16
+
+
+class SamplingColumn(IntEnum):
+    """Columns of a row of sampling parameters; see kernels/ops.h. Floats are stored as their bit patterns."""
+
+    TEMPERATURE = 0
+    TOP_K = 1
+    TOP_P = 2
+    MIN_P = 3
+    SEED_LOW = 4
+    SEED_HIGH = 5
+    DRAW_INDEX = 6
+    NUM_LOGPROBS = 7
+
+
+NUM_SAMPLING_COLUMNS = len(SamplingColumn)
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where the sections of a packed step buffer lie (offsets in int32 elements), for given sizes.
+
+    `num_tokens` and `num_rows` are padded sizes, `table_width` the block-table columns. Sections, in this order:
+
+    header          [16]      see `Header`
+    token_ids       [T]       an id, or -1 - r: the token that row r of the previous step drew
+    positions       [T]
+    slot_mapping    [T]       -1 in padding
+    query_start_loc [R + 1]   padding rows are empty
+    seq_lens        [R]       tokens in the context after this step; 0 in padding rows
+    block_tables    [R, W]    unused entries are 0
+    sampling        [R, 8]    kernels/ops.h: SamplingColumn
+    copies          [C, 2]    copy-on-write: source block, destination block; done before anything is written
+    extras          [E]       see `pagedcore/engine/sampling_extras.py`; only when a row uses penalties, bans or biases
+    """
+
+    num_tokens: int
+    num_rows: int
+    table_width: int
+
+    @property
+    def token_ids(self) -> int:
+        return HEADER_SIZE
+
+    @property
+    def positions(self) -> int:
+        return self.token_ids + self.num_tokens
+
+    @property
+    def slot_mapping(self) -> int:
+        return self.positions + self.num_tokens
+
+    @property
+    def query_start_loc(self) -> int:
+        return self.slot_mapping + self.num_tokens
+
+    @property
+    def seq_lens(self) -> int:
+        return self.query_start_loc + self.num_rows + 1
+
+    @property
+    def block_tables(self) -> int:
+        return self.seq_lens + self.num_rows
+
+    @property
+    def sampling(self) -> int:
+        return self.block_tables + self.num_rows * self.table_width
+
+    @property
+    def copies(self) -> int:
+        return self.sampling + self.num_rows * NUM_SAMPLING_COLUMNS
+
+
+class Header(NamedTuple):
+    """The first elements of the packed buffer; the rest of its 16 elements are 0."""
+
+    num_tokens: int  # padded
+    num_rows: int  # padded
+    table_width: int
+    num_real_tokens: int
+    num_real_rows: int
+    max_query_len: int
+    max_seq_len: int
+    num_copies: int
+    extras_offset: int  # 0: none
+    num_extras: int
+    any_random: int  # 1 when a row has a temperature above 0
+    max_logprobs: int  # -1: no row wants log probabilities; else the largest number wanted
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step, decided: row i computes tokens [c, c + n) of sequences[i], c = num_computed_tokens[i], n = num_scheduled_tokens[i].
+
+    Rows that compute one token come first. `samples[i]` says whether the row ends at its sequence's last token, so that the
+    token drawn there counts. `buffer` is the packed form (`used` elements of it), valid until the step after the next one
+    is planned; the executor reads nothing else.
+    """
+
+    step_id: int
+    sequences: list[Sequence]
+    num_computed_tokens: list[int]
+    num_scheduled_tokens: list[int]
+    samples: list[bool]
+    buffer: Int32Array
+    used: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step drew, row by row. Rows that do not sample hold values without meaning.
+
+    token_ids: [num_rows] int32, -1 in a row whose logits were not finite (the row fails, the rest go on)
+    With log probabilities: chosen_logprobs [num_rows] float32, chosen_ranks [num_rows] int32 (1: most likely),
+    top_logprobs [num_rows, k] float32 and top_token_ids [num_rows, k] int32, descending, k = Header.max_logprobs.
+    """
+
+    token_ids: Int32Array
+    chosen_logprobs: npt.NDArray[np.float32] | None = None
+    chosen_ranks: Int32Array | None = None
+    top_logprobs: npt.NDArray[np.float32] | None = None
+    top_token_ids: Int32Array | None = None

@@ -1,0 +1,19 @@
+"""The errors the engine reports to its users."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """The engine's configuration or the model folder cannot be used; the text says what to change."""
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as asked: the client's to mend. The text names field, allowed range and given value."""
+
+
+class EngineDeadError(RuntimeError):
+    """The engine has stopped after a fatal error; no request can be served."""
+
+
+class NonFiniteLogitsError(RuntimeError):
+    """The model gave NaN or infinite logits for this request; others are not concerned."""

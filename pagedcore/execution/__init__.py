@@ -1,0 +1,1 @@
+"""The data plane: runs planned steps on a device."""

@@ -1,0 +1,131 @@
+"""The memory of the paged KV cache, and the plan of where a device's memory goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pagedcore import ops
+from pagedcore.config import EngineConfig
+from pagedcore.errors import ConfigError
+from pagedcore.layers.attention import LayerKVCache
+from pagedcore.layers.linear import Placement
+from pagedcore.models.config import ModelConfig
+
+CPU_KV_CACHE_BYTES = 4 << 30
+
+
+class KVCache:
+    """Keys and values of every layer, in blocks of `block_size` tokens.
+
+    One tensor [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]; K is [:, 0], V is [:, 1]. It holds
+    whatever the memory held: slots no token was written to are never read.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, placement: Placement) -> None:
+        num_kv_heads = placement.share(config.num_kv_heads, "num_key_value_heads")
+        shape = (config.num_layers, 2, num_blocks, num_kv_heads, block_size, config.head_dim)
+        self.tensor = torch.empty(shape, dtype=placement.dtype, device=placement.device)
+        if placement.device.type == "cpu":
+            ops.request_huge_pages(self.tensor)  # attention jumps from block to block
+        self.layers = [LayerKVCache(layer[0], layer[1]) for layer in self.tensor]
+
+
+def block_bytes(config: ModelConfig, block_size: int, placement: Placement) -> int:
+    """Bytes of one block on one rank: K and V of all layers for `block_size` tokens."""
+    num_kv_heads = placement.share(config.num_kv_heads, "num_key_value_heads")
+    return 2 * config.num_layers * num_kv_heads * config.head_dim * block_size * placement.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the memory goes, in bytes; fixed from here on."""
+
+    weights: int
+    activations: int
+    inputs: int
+    block: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def kv_cache(self) -> int:
+        return self.num_blocks * self.block
+
+    def __str__(self) -> str:
+        parts = (
+            ("weights", self.weights),
+            ("KV cache", self.kv_cache),
+            ("activations", self.activations),
+            ("step inputs", self.inputs),
+        )
+        sizes = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts)
+        tokens = self.num_blocks * self.block_size
+        return f"memory: {sizes}; {self.num_blocks:,} blocks of {self.block_size} tokens hold {tokens:,} tokens"
+
+
+def plan_memory(
+    config: EngineConfig,
+    *,
+    weights: int,
+    activations: int,
+    inputs: int,
+    block: int,
+    max_model_len: int,
+    free_bytes: int,
+) -> MemoryPlan:
+    """Decide how many blocks of `block` bytes the KV cache gets of a device that had `free_bytes` before loading.
+
+    num_gpu_blocks_override where it is set, whatever it is; else kv_cache_memory_bytes; else the share
+    gpu_memory_utilization of what weights, activations and inputs leave, at most what max_num_seqs sequences of
+    max_model_len tokens can fill, and at most CPU_KV_CACHE_BYTES or one such sequence: a host's memory is not ours alone.
+
+    Raises:
+        ConfigError: more is asked for than is free, or there is not room for a single sequence of max_model_len tokens.
+    """
+    room = max(free_bytes - weights - activations - inputs, 0)
+    blocks_per_sequence = -(-max_model_len // config.block_size)
+    if config.num_gpu_blocks_override is not None:
+        num_blocks, source = config.num_gpu_blocks_override, "num_gpu_blocks_override"
+        blocks_per_sequence = 1  # whatever it is
+    elif config.kv_cache_memory_bytes is not None:
+        num_blocks, source = config.kv_cache_memory_bytes // block, "kv_cache_memory_bytes"
+    else:
+        share = min(int(room * config.gpu_memory_utilization), max(CPU_KV_CACHE_BYTES, blocks_per_sequence * block))
+        num_blocks = min(share // block, config.max_num_seqs * blocks_per_sequence)
+        source = "gpu_memory_utilization"
+    if num_blocks * block > room:
+        raise ConfigError(
+            f"{source} asks for a KV cache of {num_blocks * block / 2**30:,.1f} GiB; "
+            f"beside the model, {room / 2**30:,.1f} GiB are free"
+        )
+    if num_blocks < blocks_per_sequence:
+        raise ConfigError(
+            f"{source} leaves the KV cache {num_blocks} blocks of {config.block_size} tokens ({block:,} bytes each), "
+            f"and one sequence of max_model_len = {max_model_len} tokens needs {blocks_per_sequence}: "
+            "lower max_model_len or give more memory"
+        )
+    return MemoryPlan(weights, activations, inputs, block, num_blocks, config.block_size)
+
+
+def free_host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process may still take: what the machine has to spare, within the container's limit."""
+    for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            break
+    else:
+        raise ConfigError(f"{proc / 'meminfo'} does not say MemAvailable: set kv_cache_memory_bytes")
+    limit = cgroup / "memory.max"
+    if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+        # The container's page cache counts as used but is given back on demand.
+        reclaimable = sum(
+            int(line.split()[1])
+            for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
+            if line.startswith(("active_file ", "inactive_file "))
+        )
+        used = int((cgroup / "memory.current").read_text(encoding="ascii")) - reclaimable
+        available = min(available, int(text) - used)
+    return max(available, 0)

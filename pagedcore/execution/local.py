@@ -1,0 +1,186 @@
+"""The executor that runs steps on this machine's processor, on a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pagedcore import ops
+from pagedcore.config import EngineConfig
+from pagedcore.engine.executor import KVCacheShape
+from pagedcore.engine.sampling_extras import max_extras
+from pagedcore.engine.step_plan import Int32Array, StepLayout, StepPlan, StepResult
+from pagedcore.errors import ConfigError
+from pagedcore.execution.batch import InputBuffers
+from pagedcore.execution.kv_cache import KVCache, block_bytes, free_host_memory, plan_memory
+from pagedcore.execution.model_runner import ModelRunner
+from pagedcore.execution.sampler import Sampler
+from pagedcore.layers.activations import ActivationBuffers
+from pagedcore.layers.linear import Placement
+from pagedcore.models.config import ModelConfig
+from pagedcore.models.loader import load_model
+
+NUM_STEP_BUFFERS = 3  # one read by the running step, one launched behind it, one being filled
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_logger = logging.getLogger(__name__)
+
+
+def cpu_dtype(asked: str, checkpoint: str) -> torch.dtype:
+    """The dtype of weights, activations and KV cache on a CPU.
+
+    "auto" takes the checkpoint's, and bfloat16 for a float16 checkpoint: processors compute in it natively or convert
+    it with a shift, and float16 in neither way. Raises ConfigError where float16 is asked for.
+    """
+    if asked == "auto":
+        asked = "bfloat16" if checkpoint == "float16" else checkpoint
+    if asked not in _DTYPES:
+        raise ConfigError(f"dtype must be one of auto, {', '.join(_DTYPES)} on a CPU, got {asked!r}")
+    return _DTYPES[asked]
+
+
+class LocalPendingStep:
+    """A step that waits for the worker thread or has been run by it."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.outcome: StepResult | BaseException | None = None
+        # Held until the outcome is delivered. A bare lock: a Future's bookkeeping would delay the next step's kernels.
+        self._pending = threading.Lock()
+        self._pending.acquire()
+
+    def deliver(self) -> None:
+        """Let `wait` return the outcome."""
+        self._pending.release()
+
+    def wait(self) -> StepResult:
+        """Block until the step is done; raises what the step raised."""
+        with self._pending:
+            if isinstance(self.outcome, BaseException):
+                raise self.outcome
+            assert self.outcome is not None
+            return self.outcome
+
+
+class LocalExecutor:
+    """Owns model, KV cache, activations and sampler, and the thread that runs the steps in the order of their launches.
+
+    A step that raises leaves the executor as it was: the error comes out of its `wait`, and the next step runs.
+    `memory` says where the memory went.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        folder: Path,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        """Load the model from `folder` and allocate all memory. Raises ConfigError for what cannot be loaded or fit."""
+        if config.device == "cuda":
+            raise ConfigError("device must be auto or cpu: this version runs models on the CPU, got 'cuda'")
+        placement = Placement(cpu_dtype(config.dtype, model_config.dtype), torch.device("cpu"))
+        if config.num_threads is not None:
+            ops.set_num_threads(config.num_threads)
+        max_rows, block_size = config.max_num_seqs, config.block_size
+        table_width = -(-max_model_len // block_size)
+        with torch.inference_mode():
+            free_bytes = free_host_memory()
+            model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
+            activations = ActivationBuffers(model_config, max_num_batched_tokens, max_rows, placement)
+            self._inputs = InputBuffers(max_num_batched_tokens, max_rows, table_width, placement.device)
+            self._step_buffers = [
+                np.zeros(
+                    _step_buffer_size(max_rows, max_num_batched_tokens, table_width, max_model_len), dtype=np.int32
+                )
+                for _ in range(NUM_STEP_BUFFERS)
+            ]
+            self.memory = plan_memory(
+                config,
+                weights=model.num_bytes,
+                activations=activations.num_bytes,
+                inputs=self._inputs.num_bytes + sum(buffer.nbytes for buffer in self._step_buffers),
+                block=block_bytes(model_config, block_size, placement),
+                max_model_len=max_model_len,
+                free_bytes=free_bytes,
+            )
+            num_blocks = self.memory.num_blocks
+            kv_cache = KVCache(model_config, num_blocks, block_size, placement)
+        _logger.info("%s", self.memory)
+        # The cache is host memory already: there is nowhere to swap to.
+        self.kv_cache_shape = KVCacheShape(num_blocks, 0, block_size)
+        self._runner = ModelRunner(model, kv_cache, activations, config.enforce_eager)
+        self._sampler = Sampler()
+        self._last_token_ids = torch.zeros(max_rows, dtype=torch.int32, device=placement.device)
+        self._undelivered: LocalPendingStep | None = None  # the worker thread's own
+        self._inbox: queue.SimpleQueue[LocalPendingStep | None] = queue.SimpleQueue()
+        self._worker = threading.Thread(target=self._run_steps, name="pagedcore-executor", daemon=True)
+        self._worker.start()
+
+    def step_buffers(self) -> list[Int32Array]:
+        """Three buffers, each large enough for any step."""
+        return self._step_buffers
+
+    def padded_rows(self, num_rows: int, decode_only: bool) -> int:
+        """A CPU step needs no padding."""
+        return num_rows
+
+    def launch(self, plan: StepPlan) -> LocalPendingStep:
+        """Hand the step to the worker thread; returns at once."""
+        step = LocalPendingStep(torch.from_numpy(plan.buffer[: plan.used]))
+        self._inbox.put(step)
+        return step
+
+    def shutdown(self) -> None:
+        """Finish what was launched and end the worker thread."""
+        self._inbox.put(None)
+        self._worker.join()
+
+    def _run_steps(self) -> None:
+        # What torch computes beside the kernels is small; OpenMP threads spinning for it would take the kernels' cores.
+        torch.set_num_threads(1)
+        while (step := self._next_step()) is not None:
+            try:
+                with torch.inference_mode():
+                    step.outcome = self._run(step.buffer)
+            except BaseException as error:
+                step.outcome = error
+            self._deliver()  # the step before, if this one failed before its kernels started
+            self._undelivered = step
+        self._deliver()
+
+    def _next_step(self) -> LocalPendingStep | None:
+        try:
+            return self._inbox.get_nowait()
+        except queue.Empty:
+            self._deliver()
+            return self._inbox.get()
+
+    def _deliver(self) -> None:
+        """Hand back the outcome of the last step.
+
+        Where the next step waits already, this happens as late as when its kernels start: the thread that takes the
+        outcome would compete for the GIL with the preparation of those, and now has it to itself while they run.
+        """
+        if self._undelivered is not None:
+            self._undelivered.deliver()
+            self._undelivered = None
+
+    def _run(self, buffer: torch.Tensor) -> StepResult:
+        batch = self._inputs.load(buffer, self._last_token_ids)
+        logits = self._runner.run(batch, on_start=self._deliver)
+        sampled = self._sampler(logits, batch.buffer, batch.header, batch.token_ids)
+        self._last_token_ids[: len(sampled.token_ids)] = sampled.token_ids
+        return sampled.to_result()
+
+
+def _step_buffer_size(max_rows: int, max_tokens: int, table_width: int, max_model_len: int) -> int:
+    """int32 elements of the largest step."""
+    copies = 2 * max_rows  # a step writes into one shared block of a row at most
+    return StepLayout(max_tokens, max_rows, table_width).copies + 2 * copies + max_extras(max_rows, max_model_len)

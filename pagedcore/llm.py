@@ -1,0 +1,213 @@
+"""The offline interface: a list of prompts in, their continuations out, with vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from tqdm import tqdm
+
+from pagedcore.build import load_engine
+from pagedcore.config import EngineConfig
+from pagedcore.engine.outputs import EngineStats, TokenLogprobs, TokenOutput
+from pagedcore.engine.request import Request
+from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.engine.sequence import FinishReason
+from pagedcore.errors import ConfigError, RequestError
+from pagedcore.text import OutputText, Tokenizer
+
+
+class TokensPrompt(TypedDict):
+    """A prompt that is token ids already."""
+
+    prompt_token_ids: list[int]
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+PromptType = str | TokensPrompt | TextPrompt
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log probability of one token; `rank` is 1 for the most likely one."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+@dataclass
+class CompletionOutput:
+    """One continuation of a prompt.
+
+    `logprobs` holds one mapping from token id to Logprob per output token, when the sampling parameters ask for them;
+    `cumulative_logprob` is then the sum over the chosen tokens. `stop_reason` is the stop string or stop token id.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its continuations."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """An engine for offline use. `arguments` are EngineConfig's, with vLLM's names; raises ConfigError for a bad one."""
+
+    def __init__(self, model: str, **arguments: Any) -> None:
+        self._config = EngineConfig.from_dict({"model": model, **arguments})
+        self._loaded = load_engine(self._config)
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue every prompt; the results are in the order of the prompts.
+
+        `sampling_params`: one for all prompts, or one for each. Raises RequestError, before anything runs, if a prompt or its
+        parameters cannot be served.
+        """
+        if isinstance(prompts, (str, dict)):
+            prompts = [prompts]
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise RequestError(
+                f"sampling_params must be one, or one per prompt: got {len(sampling_params)} for {len(prompts)}"
+            )
+        generations = [self._start(prompt, params) for prompt, params in zip(prompts, sampling_params, strict=True)]
+        for generation in generations:
+            self._loaded.engine.check(generation.request)
+        self._run(generations, use_tqdm)
+        return [generation.result for generation in generations]
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; raises ConfigError when it was not loaded (`skip_tokenizer_init`)."""
+        if self._loaded.tokenizer is None:
+            raise ConfigError("the tokenizer was not loaded: skip_tokenizer_init is true")
+        return self._loaded.tokenizer
+
+    def stats(self) -> EngineStats:
+        """The engine's counters."""
+        return self._loaded.engine.stats()
+
+    def shutdown(self) -> None:
+        """Release the engine's threads and memory; the object is of no use afterwards."""
+        self._loaded.engine.shutdown()
+
+    def _start(self, prompt: PromptType, params: SamplingParams) -> _Generation:
+        text: str | None = None
+        if isinstance(prompt, str):
+            text = prompt
+        elif "prompt_token_ids" not in prompt:
+            text = prompt["prompt"]
+        token_ids = list(prompt["prompt_token_ids"]) if text is None else self.get_tokenizer().encode(text)  # type: ignore[index,typeddict-item]
+        request = Request(str(self._num_requests), token_ids, params)
+        self._num_requests += 1
+        return _Generation(request, text, self._loaded.tokenizer)
+
+    def _run(self, generations: list[_Generation], use_tqdm: bool) -> None:
+        engine = self._loaded.engine
+        unfinished = {generation.request.request_id: generation for generation in generations}
+        try:
+            for generation in generations:
+                engine.add_request(generation.request)
+            with tqdm(
+                total=len(generations), desc="Processed prompts", disable=not use_tqdm, unit="prompt"
+            ) as progress:
+                while unfinished or engine.has_work():
+                    for output in engine.step():
+                        generation = unfinished[output.request_id]
+                        if not generation.take(output):
+                            continue
+                        if output.finish_reason is None:  # a stop string, which only the text shows
+                            engine.abort(output.request_id)
+                        del unfinished[output.request_id]
+                        progress.update()
+        finally:
+            for request_id in unfinished:
+                engine.abort(request_id)
+
+
+class _Generation:
+    """Collects one request's outputs into its RequestOutput."""
+
+    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self._completion = CompletionOutput(index=0)
+        self.result = RequestOutput(request.request_id, prompt, request.prompt_token_ids, [self._completion])
+        params = request.sampling_params
+        self._tokenizer = tokenizer if params.detokenize else None
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer and detokenize = true")
+        self._text: OutputText | None = None
+        if self._tokenizer is not None:
+            self._text = OutputText(
+                self._tokenizer,
+                request.prompt_token_ids,
+                stop=params.stop or (),
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+            )
+
+    def take(self, output: TokenOutput) -> bool:
+        """Add an output; returns whether the request has ended. Raises the error that ended it, if one did."""
+        if output.error is not None:
+            raise output.error
+        completion = self._completion
+        completion.token_ids += output.token_ids
+        if output.logprobs is not None:
+            self._add_logprobs(output.token_ids, output.logprobs)
+        reason, stopped_by = output.finish_reason, None
+        if self._text is not None:
+            hide_last = reason is FinishReason.STOP and not self.request.sampling_params.include_stop_str_in_output
+            completion.text += self._text.push(output.token_ids, final=reason is not None, hide_last=hide_last)
+            stopped_by = self._text.stopped_by
+        if stopped_by is None and reason is None:
+            return False
+        completion.finish_reason = FinishReason.STOP.value if stopped_by is not None or reason is None else reason.value
+        completion.stop_reason = stopped_by if stopped_by is not None else output.stop_reason
+        self.result.finished = True
+        self.result.num_cached_tokens = output.num_cached_tokens
+        return True
+
+    def _add_logprobs(self, token_ids: Iterable[int], logprobs: Iterable[TokenLogprobs]) -> None:
+        completion = self._completion
+        if completion.logprobs is None:
+            completion.logprobs, completion.cumulative_logprob = [], 0.0
+        for token_id, entry in zip(token_ids, logprobs, strict=True):
+            completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + entry.logprob
+            position = {token_id: Logprob(entry.logprob, entry.rank, self._token_text(token_id))}
+            for rank, (other, logprob) in enumerate(entry.top, start=1):
+                position.setdefault(other, Logprob(logprob, rank, self._token_text(other)))
+            completion.logprobs.append(position)
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)

@@ -1,0 +1,1 @@
+"""The model architectures, their configuration and their weights."""

@@ -1,0 +1,101 @@
+"""Linear layers on the CPU: weights laid out once for the processor, and the product with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pagedcore import _kernels
+from pagedcore.ops.border import DTYPE_CODES, addresses, fit, refuse, run
+from pagedcore.ops.cpu import request_huge_pages
+
+_CACHE_LINE = 64
+
+
+class WeightArena:
+    """Memory in which packed weights lie side by side, in huge pages where the system has them.
+
+    A decode step reads every weight once. A weight alone is often smaller than a huge page; in small pages, looking their
+    addresses up takes a good part of a step.
+    """
+
+    _SLAB_BYTES = 64 << 20  # a slab's unused end is never touched and so takes no memory
+
+    def __init__(self) -> None:
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """An uninitialized uint8 tensor that starts at a cache line. A slab lives as long as one of its tensors."""
+        start = -(-self._used // _CACHE_LINE) * _CACHE_LINE
+        if start + num_bytes > len(self._slab):
+            self._slab = torch.empty(max(num_bytes, self._SLAB_BYTES) + _CACHE_LINE, dtype=torch.uint8)
+            request_huge_pages(self._slab)
+            start = -self._slab.data_ptr() % _CACHE_LINE
+        self._used = start + num_bytes
+        return self._slab[start : self._used]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [out_features, in_features], laid out for this processor."""
+
+    data: Tensor  # uint8; only `packed_linear` can read it
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+
+
+def pack_linear(weight: Tensor, arena: WeightArena | None = None) -> PackedWeight:
+    """Lay a weight [out_features, in_features] on the CPU out for `packed_linear`, in the arena or in memory of its own."""
+    if not (weight.dim() == 2 and weight.dtype in DTYPE_CODES and fit(weight.dtype, False, weight)):
+        refuse("pack_linear", "a contiguous weight [out, in], float32, bfloat16 or float16, on the CPU", weight=weight)
+    out_features, in_features = weight.shape
+    code = DTYPE_CODES[weight.dtype]
+    size = _kernels.cpu.packed_linear_bytes(out_features, in_features, code)
+    data = torch.empty(size, dtype=torch.uint8) if arena is None else arena.take(size)
+    _kernels.cpu.pack_linear(data.data_ptr(), weight.data_ptr(), out_features, in_features, code)
+    return PackedWeight(data, out_features, in_features, weight.dtype)
+
+
+def packed_linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T (+ bias), accumulated in float32, on the CPU.
+
+    x: [num_tokens, in_features] of the weight's dtype, rows may be strided. bias: [out_features] of the same dtype.
+    out: [num_tokens, out_features], rows may be strided; of x's dtype or float32 (out_dtype, where out is not given). Returns out.
+    """
+    num_tokens, in_features = x.shape
+    dtype, out_features = x.dtype, packed.out_features
+    if out is None:
+        out = torch.empty((num_tokens, out_features), dtype=out_dtype or dtype, device=x.device)
+    x_stride, x_element_stride = x.stride()
+    out_stride, out_element_stride = out.stride()
+    if not (
+        in_features == packed.in_features
+        and out.shape == (num_tokens, out_features)
+        and (bias is None or bias.shape == (out_features,))
+        and dtype is packed.dtype
+        and (out.dtype is dtype or out.dtype is torch.float32)
+        and x_element_stride == out_element_stride == 1
+        and x.is_cpu
+        and out.is_cpu
+        and fit(dtype, False, bias)
+    ):
+        expected = (
+            f"x {packed.dtype} [T, {packed.in_features}], out [T, {out_features}] of the same dtype or float32, bias "
+            f"{packed.dtype} [{out_features}], on the CPU"
+        )
+        refuse("packed_linear", expected, x=x, bias=bias, out=out)
+    strides = (x_stride, out_stride)
+    sizes = (num_tokens, in_features, out_features)
+    codes = (DTYPE_CODES[dtype], DTYPE_CODES[out.dtype])
+    run("packed_linear", False, *addresses(out, x, packed.data, bias), *strides, *sizes, *codes)
+    return out

@@ -1,0 +1,191 @@
+"""One tritonserver process: started on free or given ports, awaited until ready, and stopped without leftovers."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from pagedcore.serve import guard
+from pagedcore.serve.cache import SetupError, python_executable
+from pagedcore.serve.triton_install import TritonInstallation, ensure_tritonserver
+
+_STOP_TIMEOUT_S = 40.0
+_POLL_S = 0.1
+
+
+class TritonServer:
+    """Owns one tritonserver, its stubs and their shared memory; use it as a context manager or start() and stop() it.
+
+    After start() the ports are known; leaving the `with` block, stop(), and the death of this process (even by SIGKILL)
+    all end the server and its stubs and remove their regions from /dev/shm.
+    """
+
+    def __init__(
+        self,
+        model_repository: Path,
+        *,
+        host: str = "127.0.0.1",
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        extra_args: Sequence[str] = (),
+        log_path: Path | None = None,
+        installation: TritonInstallation | None = None,
+        ready_timeout: float = 120.0,
+    ) -> None:
+        """Port 0 means any free port; without `log_path` the log goes to a temporary file; `ready_timeout` in seconds
+        is how long the `with` statement waits."""
+        self.model_repository = model_repository
+        self.host = host
+        self.http_port = http_port or find_free_port(host)
+        self.grpc_port = grpc_port or find_free_port(host)
+        self.metrics_port = metrics_port or find_free_port(host)
+        self.log_path = log_path or Path(tempfile.gettempdir(), f"tritonserver-{uuid.uuid4().hex}.log")
+        self.shm_prefix = f"pagedcore_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
+        self._extra_args = list(extra_args)
+        self._installation = installation
+        self._ready_timeout = ready_timeout
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def http_url(self) -> str:
+        """Host and port of the HTTP endpoint, as `tritonclient.http` wants them."""
+        return f"{self.host}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """Host and port of the gRPC endpoint, as `tritonclient.grpc` wants them."""
+        return f"{self.host}:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """URL of the Prometheus endpoint."""
+        return f"http://{self.host}:{self.metrics_port}/metrics"
+
+    def start(self) -> None:
+        """Start the server; raises SetupError if no tritonserver can be provided."""
+        assert self._guard is None, "already started"
+        installation = self._installation or ensure_tritonserver()
+        command = [python_executable(), "-IS", guard.__file__, self.shm_prefix, *self._command(installation)]
+        with self.log_path.open("wb") as log:
+            self._guard = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=child_environment(installation.libpython),
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Wait until every model is ready.
+
+        Raises:
+            SetupError: the server ended, with the reason from its log, or `timeout` seconds passed.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.is_ready():
+            if not self.is_running():
+                raise SetupError(f"tritonserver stopped: {self.failure_reason()} (log: {self.log_path})")
+            if time.monotonic() > deadline:
+                raise SetupError(f"tritonserver is not ready after {timeout:.0f} s (log: {self.log_path})")
+            time.sleep(_POLL_S)
+
+    def is_running(self) -> bool:
+        """True until the server process and its stubs have ended."""
+        return self._guard is not None and self._guard.poll() is None
+
+    def is_ready(self) -> bool:
+        """True if the server answers that all of its models are ready."""
+        connection = http.client.HTTPConnection(self.host, self.http_port, timeout=5)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        """Stop the server and its stubs and remove their shared memory; does nothing if it is not running."""
+        if self._guard is None:
+            return
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait(_STOP_TIMEOUT_S)
+        self._guard = None
+
+    def failure_reason(self) -> str:
+        """The line of the log that says why the server ended."""
+        return failure_reason(self.log_path.read_text(errors="replace"))
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        try:
+            self.wait_until_ready(self._ready_timeout)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _command(self, installation: TritonInstallation) -> list[str]:
+        return [
+            str(installation.binary),
+            f"--model-repository={self.model_repository.resolve()}",
+            f"--backend-directory={installation.backend_directory}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--http-address={self.host}",
+            f"--http-port={self.http_port}",
+            f"--grpc-address={self.host}",
+            f"--grpc-port={self.grpc_port}",
+            f"--metrics-address={self.host}",
+            f"--metrics-port={self.metrics_port}",
+            *self._extra_args,
+        ]
+
+
+def child_environment(libpython: Path) -> dict[str, str]:
+    """Environment for tritonserver and its stubs.
+
+    The stub embeds Python, which takes the first `python3` on PATH for its own executable and so finds this virtual
+    environment. OpenMP threads sleep instead of spinning, because server, stub and clients share the cores.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
+    environment["PATH"] = f"{sys.prefix}/bin:{environment.get('PATH', '/usr/bin:/bin')}"
+    inherited = environment.get("LD_LIBRARY_PATH")
+    environment["LD_LIBRARY_PATH"] = f"{libpython.parent}:{inherited}" if inherited else str(libpython.parent)
+    environment.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0", KMP_BLOCKTIME="0", HF_HUB_OFFLINE="1")
+    return environment
+
+
+def find_free_port(host: str) -> int:
+    """A TCP port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def failure_reason(log: str) -> str:
+    """Say in one line why tritonserver ended: the model's exception without traceback, or the server's own error."""
+    # The server escapes line breaks and quotes; "At:" begins a Python traceback.
+    prefix = r"(?:failed to load '[^']*' version \d+: \w+: |Failed to initialize Python stub[^:]*: )"
+    if match := re.search(prefix + r'(.*?)(?:\\n\\nAt:|"$)', log, re.MULTILINE):
+        return match[1].replace('\\"', '"').removeprefix("TritonModelException: ")
+    errors = [line for line in log.splitlines() if re.match(r"E\d{4} |error:", line) or "error while loading" in line]
+    return errors[-1] if errors else "its log names no error"

@@ -1,0 +1,167 @@
+"""The engine thread: every accepted request gets exactly one final output, whoever does what when."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from pagedcore.engine.engine_thread import EngineThread
+from pagedcore.engine.outputs import TokenOutput
+from pagedcore.engine.request import Request
+from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.engine.sequence import FinishReason
+from pagedcore.errors import EngineDeadError, RequestError
+from tests.engine.test_schedule_invariance import expected, make_engine, make_requests
+from tests.reference.fake_model import FakeExecutor
+
+WAIT = 20.0
+
+
+@dataclass
+class Collector:
+    """A sink that keeps everything and knows when the end has come."""
+
+    outputs: list[TokenOutput] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def push(self, output: TokenOutput) -> None:
+        assert not self.ended.is_set(), "an output after the final one"
+        self.outputs.append(output)
+        if output.finish_reason is not None:
+            self.ended.set()
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for output in self.outputs for token in output.token_ids]
+
+    @property
+    def reason(self) -> FinishReason | None:
+        return self.outputs[-1].finish_reason
+
+
+@pytest.fixture
+def running() -> Iterator[tuple[EngineThread, FakeExecutor]]:
+    engine, executor, _ = make_engine(num_blocks=48)
+    thread = EngineThread(engine)
+    thread.start()
+    yield thread, executor
+    thread.shutdown()
+
+
+def test_concurrent_submitters_get_their_own_tokens(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, _ = running
+    requests = make_requests(5, 40)
+    sinks = {request.request_id: Collector() for request in requests}
+
+    def submit(part: list[Request]) -> None:
+        for request in part:
+            thread.submit(request, sinks[request.request_id])
+            time.sleep(random.random() * 0.002)
+
+    workers = [threading.Thread(target=submit, args=(requests[i::4],)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(sink.ended.wait(WAIT) for sink in sinks.values())
+    wanted = expected(requests)
+    assert {name: sink.token_ids for name, sink in sinks.items()} == wanted
+    stats = thread.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, stats.num_blocks)
+
+
+def test_aborts_race_with_the_engine_and_still_end_once(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, _ = running
+    requests = make_requests(6, 60)
+    sinks = {request.request_id: Collector() for request in requests}
+    for request in requests:
+        thread.submit(request, sinks[request.request_id])
+    rng = random.Random(0)
+    for victim in rng.sample(requests, 40):
+        thread.abort(victim.request_id)
+        thread.abort(victim.request_id)
+        time.sleep(rng.random() * 0.004)
+    assert all(sink.ended.wait(WAIT) for sink in sinks.values())
+    reasons = {sink.reason for sink in sinks.values()}
+    assert FinishReason.ABORT in reasons and reasons <= {FinishReason.ABORT, FinishReason.STOP, FinishReason.LENGTH}
+    wanted = expected(requests)
+    for name, sink in sinks.items():
+        assert sink.token_ids == wanted[name][: len(sink.token_ids)]
+        if sink.reason is not FinishReason.ABORT:
+            assert sink.token_ids == wanted[name]
+
+
+def test_refusals_are_raised_and_a_duplicate_id_is_answered(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, _ = running
+    with pytest.raises(RequestError, match="prompt is empty"):
+        thread.submit(Request("empty", [], SamplingParams()), Collector())
+    first, second = Collector(), Collector()
+    request = Request("twice", [1, 2, 3], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    thread.submit(request, first)
+    thread.submit(request, second)
+    assert first.ended.wait(WAIT) and second.ended.wait(WAIT)
+    assert first.reason is FinishReason.LENGTH
+    assert second.reason is FinishReason.ERROR and "in use" in str(second.outputs[-1].error)
+
+
+def test_shutdown_ends_what_is_open_and_refuses_what_comes(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, _ = running
+    sinks = []
+    for number in range(30):
+        sinks.append(Collector())
+        params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+        thread.submit(Request(str(number), [number + 1] * 10, params), sinks[-1])
+    thread.shutdown()
+    assert all(sink.ended.is_set() for sink in sinks)
+    assert any(isinstance(sink.outputs[-1].error, EngineDeadError) for sink in sinks)
+    assert not thread.is_healthy()
+    with pytest.raises(EngineDeadError):
+        thread.submit(Request("late", [1], SamplingParams()), Collector())
+    thread.abort("late")
+    thread.shutdown()
+
+
+def test_a_dying_engine_answers_everyone_and_reports_it(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, executor = running
+    assert thread.is_healthy()
+    executor.fail_steps = set(range(10_000))
+    sinks = [Collector() for _ in range(30)]
+    for number, sink in enumerate(sinks):
+        try:
+            thread.submit(Request(str(number), [number + 1] * 10, SamplingParams()), sink)
+        except EngineDeadError:
+            sink.ended.set()
+    assert all(sink.ended.wait(WAIT) for sink in sinks)
+    assert all(sink.reason is FinishReason.ERROR for sink in sinks if sink.outputs)
+    deadline = time.monotonic() + WAIT
+    while thread.is_healthy() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not thread.is_healthy()
+
+
+def test_an_error_of_the_engine_itself_is_answered_too(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, executor = running
+    executor.short_steps = {12}  # commit stops half-way: some sequences have ended, others have not
+    sinks = [Collector() for _ in range(20)]
+    for number, sink in enumerate(sinks):
+        params = SamplingParams(temperature=0, max_tokens=3 + number, ignore_eos=True)
+        thread.submit(Request(str(number), [number + 1] * 10, params), sink)
+    assert all(sink.ended.wait(WAIT) for sink in sinks)
+    assert any(isinstance(sink.outputs[-1].error, EngineDeadError) for sink in sinks)
+    assert not thread.is_healthy()
+
+
+def test_shutdown_does_not_wait_for_a_step_that_never_ends(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, executor = running
+    executor.hang = threading.Event()
+    sinks = [Collector() for _ in range(4)]
+    for number, sink in enumerate(sinks):
+        thread.submit(Request(str(number), [number + 1] * 10, SamplingParams()), sink)
+    thread.shutdown(timeout=0.2)
+    assert all(sink.ended.is_set() for sink in sinks)
+    executor.hang.set()

@@ -1,0 +1,148 @@
+"""Sampling parameters: vLLM's names and defaults, and a clear refusal of everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.errors import RequestError
+
+
+def test_defaults_are_those_of_vllm() -> None:
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.0, 0.0, 1.0)
+    assert (params.max_tokens, params.min_tokens, params.seed, params.logprobs) == (16, 0, None, None)
+    assert (params.stop, params.stop_token_ids, params.ignore_eos) == ((), (), False)
+    assert params.detokenize and params.skip_special_tokens and params.spaces_between_special_tokens
+    assert not params.include_stop_str_in_output
+    assert not params.has_penalties and not params.is_greedy
+
+
+def test_values_are_normalized() -> None:
+    ids: list[Any] = [3, np.int64(4)]
+    params = SamplingParams(stop="\n", stop_token_ids=ids, top_k=-1, seed=-1, max_tokens=None, temperature=1)
+    assert params.stop == ("\n",)
+    assert params.stop_token_ids == (3, 4)
+    assert (params.top_k, params.seed, params.max_tokens) == (0, None, None)
+    assert isinstance(params.temperature, float)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert dataclasses.replace(params, top_k=7).top_k == 7
+    assert hash(params) == hash(dataclasses.replace(params))
+
+
+def test_a_tiny_temperature_is_greedy_and_switches_filters_off() -> None:
+    params = SamplingParams(temperature=9e-6, top_k=5, top_p=0.5, min_p=0.1)
+    assert params.is_greedy
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.0, 0, 1.0, 0.0)
+    assert not SamplingParams(temperature=1e-5, top_k=5).is_greedy
+
+
+@pytest.mark.parametrize(
+    "values", [{"repetition_penalty": 1.1}, {"presence_penalty": -0.5}, {"frequency_penalty": 0.1}]
+)
+def test_any_penalty_sets_the_flag(values: dict[str, float]) -> None:
+    assert SamplingParams(**values).has_penalties  # type: ignore[arg-type]
+
+
+def test_numbers_and_booleans_may_be_text() -> None:
+    params = SamplingParams.from_dict(
+        {
+            "max_tokens": "100",
+            "min_tokens": " 7 ",
+            "top_k": "-1",
+            "temperature": "0.5",
+            "top_p": "1",
+            "frequency_penalty": "-1e-1",
+            "ignore_eos": "True",
+            "skip_special_tokens": "false",
+            "seed": "18446744073709551615",
+            "stop": "10",
+            "n": "1",
+        }
+    )
+    assert (params.max_tokens, params.min_tokens, params.top_k) == (100, 7, 0)
+    assert (params.temperature, params.top_p, params.frequency_penalty) == (0.5, 1.0, -0.1)
+    assert params.ignore_eos is True and params.skip_special_tokens is False
+    assert params.seed == 2**64 - 1
+    assert params.stop == ("10",)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -0.1}, r"temperature must be a number in \[0, 100\], got -0.1"),
+    ({"temperature": math.nan}, r"temperature must be a number in \[0, 100\], got nan"),
+    ({"temperature": math.inf}, r"temperature .* got inf"),
+    ({"temperature": "warm"}, r"temperature .* got 'warm'"),
+    ({"temperature": "nan"}, r"temperature .* got 'nan'"),
+    ({"temperature": None}, r"temperature .* got None"),
+    ({"temperature": True}, r"temperature .* got True"),
+    ({"temperature": [1]}, r"temperature .* got \[1\]"),
+    ({"top_p": 0}, r"top_p must be a number in \(0, 1\], got 0"),
+    ({"top_p": 1.0001}, r"top_p must be a number in \(0, 1\], got 1.0001"),
+    ({"min_p": -1e-9}, r"min_p must be a number in \[0, 1\]"),
+    ({"top_k": -2}, r"top_k must be an integer in \[-1, 2147483647\], got -2"),
+    ({"top_k": 1.0}, r"top_k must be an integer .* got 1.0"),
+    ({"top_k": "1.5"}, r"top_k must be an integer .* got '1.5'"),
+    ({"presence_penalty": 2.1}, r"presence_penalty must be a number in \[-2, 2\], got 2.1"),
+    ({"frequency_penalty": -2.1}, r"frequency_penalty must be a number in \[-2, 2\], got -2.1"),
+    ({"repetition_penalty": 0}, r"repetition_penalty must be a number in \[0.01, 100\], got 0"),
+    ({"max_tokens": 0}, r"max_tokens must be an integer in \[1, 2147483647\], got 0"),
+    ({"max_tokens": True}, r"max_tokens .* got True"),
+    ({"max_tokens": 10**400}, r"max_tokens .* got an integer of 1329 bits"),
+    ({"max_tokens": "9" * 5000}, r"max_tokens .* got '9{60}\.\.\."),
+    ({"min_tokens": -1}, r"min_tokens must be an integer in \[0, 2147483647\], got -1"),
+    ({"min_tokens": 17}, r"min_tokens must be at most max_tokens \(16\), got 17"),
+    ({"seed": 2**64}, r"seed must be an integer in \[-1, 18446744073709551615\]"),
+    ({"logprobs": -1}, r"logprobs must be an integer in \[0, 1000\], got -1"),
+    ({"stop": ""}, r"stop must hold texts of 1 to 1024 characters, got ''"),
+    ({"stop": [1]}, r"stop must hold texts of 1 to 1024 characters, got 1"),
+    ({"stop": 5}, r"stop must be text or a list of texts, got 5"),
+    ({"stop": ["x" * 1025]}, r"stop must hold texts of 1 to 1024 characters, got 'x{60}\.\.\."),
+    ({"stop": ["x"] * 65}, r"stop must hold at most 64 texts, got 65"),
+    ({"stop": "a", "detokenize": False}, r"stop needs detokenize to be true"),
+    ({"stop_token_ids": [-1]}, r"stop_token_ids must hold token ids .* got -1"),
+    ({"stop_token_ids": [1.0]}, r"stop_token_ids must hold token ids .* got 1.0"),
+    ({"stop_token_ids": "12"}, r"stop_token_ids must be a list of token ids, got '12'"),
+    ({"stop_token_ids": list(range(129))}, r"stop_token_ids must hold at most 128 ids, got 129"),
+    ({"ignore_eos": 1}, r"ignore_eos must be true or false, got 1"),
+    ({"ignore_eos": "yes"}, r"ignore_eos must be true or false, got 'yes'"),
+    ({"n": 4}, r"n must be 1 in this version, got 4"),
+    ({"n": True}, r"n must be 1 in this version, got True"),
+    ({"use_beam_search": True}, r"use_beam_search must be false in this version, got True"),
+    ({"best_of": 2}, r"best_of is not supported in this version and must be left out, got 2"),
+    ({"prompt_logprobs": 0}, r"prompt_logprobs is not supported"),
+    ({"bad_words": ["x"]}, r"bad_words is not supported"),
+    ({"logit_bias": {"1": 2.0}}, r"logit_bias is not supported in this version and must be left out, got \{'1': 2.0\}"),
+    ({"allowed_token_ids": [1]}, r"allowed_token_ids is not supported"),
+    ({"logits_processors": [print]}, r"logits_processors is not supported"),
+    ({"structured_outputs": "{}"}, r"structured_outputs is not supported"),
+    ({"truncate_prompt_tokens": 1}, r"truncate_prompt_tokens is not supported"),
+    ({"temprature": 1}, r"unknown sampling parameter 'temprature', did you mean 'temperature'\?"),
+    ({"has_penalties": True}, r"unknown sampling parameter 'has_penalties'"),
+    ({"__class__": 1}, r"unknown sampling parameter '__class__'; known ones: n, "),
+    ({"caf\u00e9\n": 1}, r"unknown sampling parameter 'caf\\xe9\\n'"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=[str(values)[:40] for values, _ in REFUSED])
+def test_bad_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        SamplingParams.from_dict(values)
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_constructor_takes_no_text_for_numbers() -> None:
+    with pytest.raises(RequestError, match="max_tokens must be an integer"):
+        SamplingParams(max_tokens="100")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="ignore_eos must be true or false"):
+        SamplingParams(ignore_eos="true")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["bad_words", "logit_bias", "allowed_token_ids", "best_of", "stop", "stop_token_ids"])
+def test_none_means_left_out(name: str) -> None:
+    assert SamplingParams.from_dict({name: None}) == SamplingParams()

@@ -1,0 +1,131 @@
+"""An executor whose "KV cache" holds hashes, so that any error in block tables, slots or copies changes a token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pagedcore.engine.executor import KVCacheShape
+from pagedcore.engine.step_plan import HEADER_SIZE, Header, Int32Array, SamplingColumn, StepLayout, StepPlan, StepResult
+
+_MASK = 2**64 - 1
+_ROOT = 0x5851F42D4C957F2D
+
+
+def _mix(state: int, value: int) -> int:
+    x = (state ^ (value + 0x9E3779B97F4A7C15)) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    return (x ^ (x >> 27)) & _MASK
+
+
+def _entry(token: int, position: int) -> int:
+    """What the model writes into a slot: depends on token and position, as K and V do."""
+    return _mix(_mix(1, token), position)
+
+
+def _draw(entries: Sequence[int], sampling: Sequence[int], vocab_size: int) -> int:
+    """The next token: a function of everything in the context and, in a random row, of seed and draw index."""
+    state = _ROOT
+    for entry in entries:
+        state = _mix(state, entry)
+    if sampling[SamplingColumn.TEMPERATURE] != 0:
+        for column in (SamplingColumn.SEED_LOW, SamplingColumn.SEED_HIGH, SamplingColumn.DRAW_INDEX):
+            state = _mix(state, sampling[column])
+    return state % vocab_size
+
+
+def reference_tokens(
+    prompt: Sequence[int], max_tokens: int, vocab_size: int, stop_token_ids: frozenset[int] = frozenset()
+) -> list[int]:
+    """The greedy continuation of one prompt by the same model, without blocks or batches."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        entries = [_entry(token, position) for position, token in enumerate(tokens)]
+        tokens.append(_draw(entries, [0] * 8, vocab_size))
+        if tokens[-1] in stop_token_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+class _Done:
+    def __init__(self, result: Callable[[], StepResult]) -> None:
+        self._result = result
+
+    def wait(self) -> StepResult:
+        return self._result()
+
+
+class FakeExecutor:
+    """Reads every slot of a row's context back through its block table; unwritten slots hold poison.
+
+    Work is done in `wait`, as late as possible, so that a plan made one step ahead cannot peek at drawn tokens.
+    `fail_steps`: step ids whose wait() raises. `broken_steps`: ids of steps that report logits that are not finite.
+    `short_steps`: ids of steps whose result lacks rows. `hang`: steps wait for it.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, vocab_size: int, *, max_rows: int, max_tokens: int, max_width: int
+    ) -> None:
+        self.kv_cache_shape = KVCacheShape(num_blocks, 0, block_size)
+        self.fail_steps: set[int] = set()
+        self.broken_steps: set[int] = set()
+        self.short_steps: set[int] = set()
+        self.hang: threading.Event | None = None
+        self.num_rows: list[int] = []
+        self._vocab_size = vocab_size
+        self._kv = np.full(num_blocks * block_size, -1, dtype=object)
+        self._block_size = block_size
+        size = StepLayout(max_tokens, max_rows, max_width).copies + 64 * 1024
+        self._buffers = [np.full(size, -7, dtype=np.int32) for _ in range(3)]
+        self._last_ids: dict[int, int] = {}
+
+    def step_buffers(self) -> list[Int32Array]:
+        return self._buffers
+
+    def launch(self, plan: StepPlan) -> _Done:
+        return _Done(lambda: self._run(plan))
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        if self.hang is not None:
+            self.hang.wait()
+        if plan.step_id in self.fail_steps:
+            self._last_ids = {}
+            raise RuntimeError("planted failure")
+        buffer = plan.buffer
+        header = Header(*buffer[: len(Header._fields)].tolist())
+        layout = StepLayout(header.num_tokens, header.num_rows, header.table_width)
+        assert layout.token_ids == HEADER_SIZE
+        bs = self._block_size
+        for pair in range(header.num_copies):
+            src, dst = buffer[layout.copies + 2 * pair : layout.copies + 2 * pair + 2].tolist()
+            self._kv[dst * bs : (dst + 1) * bs] = self._kv[src * bs : (src + 1) * bs]
+        starts = buffer[layout.query_start_loc : layout.query_start_loc + header.num_rows + 1].tolist()
+        ids: dict[int, int] = {}
+        for row in range(header.num_real_rows):
+            seq_len = int(buffer[layout.seq_lens + row])
+            table_at = layout.block_tables + row * header.table_width
+            table = buffer[table_at : table_at + header.table_width].tolist()
+            first = seq_len - (starts[row + 1] - starts[row])
+            for offset, index in enumerate(range(starts[row], starts[row + 1])):
+                token = int(buffer[layout.token_ids + index])
+                token = self._last_ids[-1 - token] if token < 0 else token
+                position = int(buffer[layout.positions + index])
+                slot = int(buffer[layout.slot_mapping + index])
+                assert position == first + offset
+                assert slot == table[position // bs] * bs + position % bs
+                self._kv[slot] = _entry(token, position)
+            entries = [self._kv[table[p // bs] * bs + p % bs] for p in range(seq_len)]
+            assert -1 not in entries, "read a slot nobody wrote"
+            at = layout.sampling + row * len(SamplingColumn)
+            ids[row] = _draw(entries, buffer[at : at + len(SamplingColumn)].tolist(), self._vocab_size)
+        self._last_ids = ids
+        self.num_rows.append(header.num_real_rows)
+        if plan.step_id in self.broken_steps:
+            ids = dict.fromkeys(ids, -1)
+        drawn = [ids[row] for row in range(header.num_real_rows)]
+        return StepResult(np.array(drawn[1:] if plan.step_id in self.short_steps else drawn, dtype=np.int32))

@@ -1,0 +1,212 @@
+"""`make serve`: what it refuses, in one line each, and that a started one answers as printed and stops cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pagedcore.errors import ConfigError
+from pagedcore.serve.cache import SetupError
+from pagedcore.serve.default_model import default_model_path
+from pagedcore.serve.launcher import ServeOptions, check_model_folder, check_ports, copy_repository, report_errors
+from pagedcore.serve.triton_server import find_free_port
+from tests.serve.processes import processes_with, shared_memory_with, wait_for
+
+
+def _free_ports() -> tuple[int, int, int]:
+    http, grpc, metrics = (find_free_port("127.0.0.1") for _ in range(3))
+    return http, grpc, metrics
+
+
+def _command(repository: Path, ports: tuple[int, int, int]) -> list[str]:
+    flags = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
+    log = f"--log={repository.parent / 'tritonserver.log'}"
+    return [sys.executable, "-m", "pagedcore.serve", f"--model-repository={repository}", log, *flags]
+
+
+@contextmanager
+def _served(
+    repository: Path, ports: tuple[int, int, int], output: Path, *flags: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m pagedcore.serve`, ready, its output in `output`."""
+    command = [*_command(repository, ports), *flags]
+    with output.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            assert wait_for(lambda: "\nEOF\n" in output.read_text() or process.poll() is not None, 60)
+            assert process.poll() is None, output.read_text()
+            yield process
+        finally:
+            process.kill()
+
+
+def _run_on(repository: Path, ports: tuple[int, int, int]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(repository, ports), capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("name", ["HTTP_PORT", "GRPC_PORT", "METRICS_PORT"])
+def test_a_taken_port_is_named_before_anything_is_loaded(echo_repository: Path, name: str) -> None:
+    ports = _free_ports()
+    index = ["HTTP_PORT", "GRPC_PORT", "METRICS_PORT"].index(name)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports[index]))
+        taken.listen()
+        result = _run_on(echo_repository, ports)
+    port = ports[index]
+    choice = f"make serve {name}={port + 10}"
+    assert result.stderr == f"error: port {port} on 127.0.0.1 is taken; choose another one: {choice}\n"
+    assert result.stdout == ""
+    assert result.returncode == 1
+
+
+def test_unusable_ports_and_hosts_are_refused() -> None:
+    options = ServeOptions(http_port=18000, grpc_port=18001, metrics_port=18002)
+    with pytest.raises(SetupError, match=r"GRPC_PORT must be in \[1, 65535\], got 70000"):
+        check_ports(replace(options, grpc_port=70000))
+    with pytest.raises(SetupError, match="must differ, got 18000 twice"):
+        check_ports(replace(options, metrics_port=18000))
+    with pytest.raises(SetupError, match=r"HOST=192\.0\.2\.1 is not an address of this machine"):
+        check_ports(replace(options, host="192.0.2.1"))
+
+
+def test_unsuitable_model_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"MODEL=.*/missing is not a folder"):
+        check_model_folder(tmp_path / "missing")
+    with pytest.raises(SetupError, match=r"it has no config\.json"):
+        check_model_folder(tmp_path)
+    config = json.loads((default_model_path() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(ConfigError, match="MambaForCausalLM"):
+        check_model_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SetupError, match=r"has no weights: no \*\.safetensors"):
+        check_model_folder(tmp_path)
+    check_model_folder(default_model_path())
+
+
+def test_serving_another_model_leaves_the_repository_as_it_is(echo_repository: Path, tmp_path: Path) -> None:
+    original = (echo_repository / "llm" / "1" / "model.json").read_text()
+    copy = copy_repository(echo_repository, tmp_path / "run", Path("/models/other"))
+    assert json.loads((copy / "llm" / "1" / "model.json").read_text()) == {"model": "/models/other", "max_num_seqs": 8}
+    assert (echo_repository / "llm" / "1" / "model.json").read_text() == original
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold one JSON object, got list"),
+        ("{}", '"model" must name a model folder'),
+    ],
+)
+def test_a_broken_model_json_is_refused(echo_repository: Path, content: str, reason: str) -> None:
+    (echo_repository / "llm" / "1" / "model.json").write_text(content)
+    result = _run_on(echo_repository, _free_ports())
+    assert result.returncode == 1
+    assert reason in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def write_to_full_disk() -> None:
+        with open("/dev/full", "w") as full:
+            full.write("x")
+
+    assert report_errors(write_to_full_disk) == 1
+    assert capsys.readouterr().err.startswith("error: no space left on the disk of ")
+
+
+def test_a_model_that_does_not_load_ends_the_command_with_its_reason(failing_repository: Path) -> None:
+    result = _run_on(failing_repository, _free_ports())
+    assert result.returncode == 1
+    assert 'error: tritonserver stopped: ValueError: dtype must be one of auto, float32, got "int3"' in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_what_it_prints_works_as_typed(echo_repository: Path, tmp_path: Path) -> None:
+    ports = _free_ports()
+    output = tmp_path / "output"
+    with _served(echo_repository, ports, output):
+        text = output.read_text()
+        curl = re.search(r"^curl .*$", text, re.MULTILINE)
+        script = re.search(r"^\S+python\S* - <<'EOF'\n.*^EOF$", text, re.MULTILINE | re.DOTALL)
+        assert curl is not None
+        assert script is not None
+        for command in (curl[0], script[0]):
+            answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+            assert "Photosynthesis is the process by which" in answer.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_server_and_stub_and_leaves_nothing(
+    echo_repository: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    ports = _free_ports()
+    with _served(echo_repository, ports, tmp_path / "output") as process:
+        prefix = f"pagedcore_{process.pid}_"
+        assert len(processes_with(prefix)) == 3
+        assert shared_memory_with(prefix)
+        process.send_signal(number)
+        assert process.wait(30) == 0
+    assert processes_with(prefix) == []
+    assert shared_memory_with(prefix) == []
+
+
+def test_ctrl_c_in_the_middle_of_a_real_answer_leaves_nothing(tmp_path: Path) -> None:
+    repository = shutil.copytree(Path("model_repository"), tmp_path / "model_repository")
+    ports = _free_ports()
+    parameters = json.dumps({"max_tokens": 2000, "ignore_eos": True})
+    body = json.dumps({"text_input": "Once upon a time", "stream": True, "sampling_parameters": parameters}).encode()
+    with _served(repository, ports, tmp_path / "output", f"--model={default_model_path()}") as process:
+        prefix = f"pagedcore_{process.pid}_"
+        url = f"http://127.0.0.1:{ports[0]}/v2/models/llm/generate_stream"
+        with urllib.request.urlopen(url, body, timeout=30) as answer:
+            assert json.loads(answer.readline().removeprefix(b"data: "))["text_output"]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+    assert processes_with(prefix) == []
+    assert shared_memory_with(prefix) == []
+
+
+def test_a_signal_while_loading_leaves_nothing(echo_repository: Path) -> None:
+    model = echo_repository / "llm" / "1" / "model.py"
+    model.write_text(
+        model.read_text().replace(
+            "    def execute", "    def initialize(self, args):\n        import time; time.sleep(60)\n\n    def execute"
+        )
+    )
+    with subprocess.Popen(_command(echo_repository, _free_ports()), stdout=subprocess.DEVNULL) as process:
+        prefix = f"pagedcore_{process.pid}_"
+        assert wait_for(lambda: bool(shared_memory_with(prefix)), 30)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert processes_with(prefix) == []
+    assert shared_memory_with(prefix) == []
+
+
+def test_a_server_that_dies_ends_the_command_with_an_error(echo_repository: Path, tmp_path: Path) -> None:
+    with _served(echo_repository, _free_ports(), tmp_path / "output") as process:
+        for identifier in processes_with(f"pagedcore_{process.pid}_"):
+            if Path(f"/proc/{identifier}/exe").resolve().name == "tritonserver":
+                os.kill(identifier, signal.SIGKILL)
+        assert process.wait(30) == 1
+    assert "error: tritonserver stopped: " in (tmp_path / "output").read_text()
+
+
+def test_the_launcher_does_not_import_torch() -> None:
+    code = "import sys, pagedcore.serve.launcher, pagedcore.models.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

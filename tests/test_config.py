@@ -1,0 +1,70 @@
+"""Engine arguments: vLLM's names, checked, with errors that say what to change."""
+
+from __future__ import annotations
+
+import pytest
+
+from pagedcore.config import EngineConfig
+from pagedcore.errors import ConfigError
+
+
+def test_vllm_argument_names_are_accepted() -> None:
+    config = EngineConfig.from_dict(
+        {
+            "model": "/models/x",
+            "dtype": "bfloat16",
+            "max_model_len": 4096,
+            "gpu_memory_utilization": 0.5,
+            "enforce_eager": True,
+            "swap_space": 2,
+            "tensor_parallel_size": 1,
+            "disable_log_stats": True,
+            "seed": 7,
+            "load_format": "dummy",
+        }
+    )
+    assert (config.dtype, config.max_model_len, config.block_size, config.enable_prefix_caching) == (
+        "bfloat16",
+        4096,
+        16,
+        True,
+    )
+
+
+def test_unknown_argument_is_refused_with_the_valid_ones_and_a_guess() -> None:
+    with pytest.raises(
+        ConfigError, match=r"unknown engine argument 'max_modellen'. Did you mean 'max_model_len'"
+    ) as caught:
+        EngineConfig.from_dict({"model": "x", "max_modellen": 1})
+    for name in ("gpu_memory_utilization", "swap_space", "enable_prefix_caching"):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "engine argument 'model' is required"),
+        ({"model": ""}, "model must be the path"),
+        ({"model": 3}, "model must be the path"),
+        ({"model": "x", "dtype": "int3"}, "dtype must be one of auto, bfloat16, float16, float32, got 'int3'"),
+        ({"model": "x", "block_size": 12}, "block_size must be one of .*, got 12"),
+        ({"model": "x", "block_size": True}, "block_size must be one of .*, got True"),
+        ({"model": "x", "block_size": 16.0}, "block_size must be one of .*, got 16.0"),
+        ({"model": "x", "tokenizer": 3}, "tokenizer must be the path .*, got 3"),
+        ({"model": "x", "max_model_len": 0}, "max_model_len must be an integer at least 1, got 0"),
+        ({"model": "x", "max_model_len": 10.5}, "max_model_len must be an integer at least 1, got 10.5"),
+        ({"model": "x", "max_num_seqs": 5000}, r"max_num_seqs must be an integer in \[1, 4096\], got 5000"),
+        (
+            {"model": "x", "gpu_memory_utilization": 1.5},
+            r"gpu_memory_utilization must be a number in \[0.01, 1.0\], got 1.5",
+        ),
+        ({"model": "x", "gpu_memory_utilization": float("nan")}, "gpu_memory_utilization must be a number"),
+        ({"model": "x", "swap_space": "4"}, "swap_space must be a number"),
+        ({"model": "x", "enforce_eager": "yes"}, "enforce_eager must be true or false, got 'yes'"),
+        ({"model": "x", "trust_remote_code": True}, "trust_remote_code must be false"),
+        ({"model": "x", "tensor_parallel_size": 2}, "tensor_parallel_size must be 1"),
+    ],
+)
+def test_bad_values_are_refused_by_name_range_and_value(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_dict(arguments)

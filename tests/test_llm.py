@@ -1,0 +1,114 @@
+"""The offline interface, with the real default model and vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pagedcore import LLM, SamplingParams, TokensPrompt
+from pagedcore.errors import ConfigError, RequestError
+from pagedcore.serve.default_model import ensure_default_model
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    engine = LLM(model=str(ensure_default_model()), dtype="float32", max_model_len=256, max_num_seqs=8)
+    yield engine
+    engine.shutdown()
+
+
+def test_generate_returns_one_result_per_prompt_in_order(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [PROMPT, "2 + 2 =", PROMPT]
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (6, 3, 9)]
+    results = llm.generate(prompts, params)
+    assert [result.prompt for result in results] == prompts
+    assert [len(result.outputs[0].token_ids) for result in results] == [6, 3, 9]
+    assert results[2].outputs[0].token_ids[:6] == results[0].outputs[0].token_ids
+    tokenizer = llm.get_tokenizer()
+    for result in results:
+        assert result.finished and result.outputs[0].finish_reason == "length"
+        assert result.prompt_token_ids == tokenizer.encode(result.prompt or "")
+        assert result.outputs[0].text == tokenizer.decode(result.outputs[0].token_ids)
+    assert "Processed prompts" in capsys.readouterr().err
+
+
+def test_prompts_may_be_token_ids(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(PROMPT)
+    params = SamplingParams(temperature=0, max_tokens=5)
+    as_text, as_ids = (llm.generate(p, params, use_tqdm=False)[0] for p in (PROMPT, TokensPrompt(prompt_token_ids=ids)))
+    assert as_ids.prompt is None and as_ids.prompt_token_ids == ids
+    assert as_ids.outputs[0].token_ids == as_text.outputs[0].token_ids
+
+
+def test_stop_strings_end_the_text_and_the_sequence(llm: LLM) -> None:
+    free = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)[0].outputs[0]
+    stop = free.text[7:12]
+    for include in (False, True):
+        params = SamplingParams(temperature=0, max_tokens=40, stop=[stop], include_stop_str_in_output=include)
+        output = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0]
+        at = free.text.index(stop)
+        assert output.text == free.text[: at + len(stop) if include else at]
+        assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+        assert len(output.token_ids) < len(free.token_ids)
+
+
+def test_stop_token_is_reported_and_not_text(llm: LLM) -> None:
+    free = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)[0].outputs[0]
+    token = free.token_ids[5]
+    output = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[token]), use_tqdm=False)
+    first = free.token_ids.index(token)
+    assert output[0].outputs[0].token_ids == free.token_ids[: first + 1]
+    assert (output[0].outputs[0].finish_reason, output[0].outputs[0].stop_reason) == ("stop", token)
+    assert output[0].outputs[0].text == llm.get_tokenizer().decode(free.token_ids[:first])
+
+
+def test_log_probabilities(llm: LLM) -> None:
+    output = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=4, logprobs=3), use_tqdm=False)[0].outputs[0]
+    assert output.logprobs is not None and len(output.logprobs) == 4
+    total = 0.0
+    for token, position in zip(output.token_ids, output.logprobs, strict=True):
+        assert len(position) == 3 and position[token].rank == 1
+        ordered = sorted(position.values(), key=lambda entry: entry.rank or 0)
+        assert [entry.logprob for entry in ordered] == sorted((e.logprob for e in ordered), reverse=True)
+        assert position[token].decoded_token == llm.get_tokenizer().decode([token])
+        total += position[token].logprob
+    assert output.cumulative_logprob == pytest.approx(total)
+    plain = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)[0].outputs[0]
+    assert plain.logprobs is None and plain.cumulative_logprob is None
+
+
+def test_shared_prefixes_are_computed_once(llm: LLM) -> None:
+    prompt = "A long story about a fox and a hare. " * 8
+    params = SamplingParams(temperature=0, max_tokens=2)
+    llm.generate(prompt, params, use_tqdm=False)
+    assert llm.generate(prompt, params, use_tqdm=False)[0].num_cached_tokens >= 64
+
+
+def test_bad_prompts_and_parameters_are_refused_before_anything_runs(llm: LLM) -> None:
+    good = SamplingParams(max_tokens=1)
+    for prompts, params, message in (
+        ([PROMPT, ""], good, "prompt is empty"),
+        (["x " * 400], good, "must have at most 255"),
+        ([TokensPrompt(prompt_token_ids=[10**6])], good, "must be in"),
+        ([PROMPT] * 2, [good], "one per prompt"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            llm.generate(prompts, params, use_tqdm=False)
+        assert (llm.stats().num_running, llm.stats().num_waiting) == (0, 0)
+
+
+def test_random_weights_need_only_a_config(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("shape")
+    (folder / "config.json").write_bytes((ensure_default_model() / "config.json").read_bytes())
+    llm = LLM(model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=128, max_num_seqs=4)
+    prompt = TokensPrompt(prompt_token_ids=[1, 2, 3])
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, detokenize=False)
+    output = llm.generate([prompt, prompt], params, use_tqdm=False)
+    assert output[0].outputs[0].token_ids == output[1].outputs[0].token_ids
+    assert output[0].outputs[0].text == ""
+    with pytest.raises(ConfigError, match="skip_tokenizer_init"):
+        llm.generate(PROMPT, params, use_tqdm=False)
+    llm.shutdown()

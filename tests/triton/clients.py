@@ -1,0 +1,146 @@
+"""Small clients for the tests: HTTP by the standard library, gRPC by tritonclient."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+MODEL = "llm"
+TIMEOUT = 60.0  # seconds, after which a test gives up
+_NUMPY = {"BYTES": np.object_, "BOOL": np.bool_}
+_TYPES = {"text_input": "BYTES", "sampling_parameters": "BYTES", "stream": "BOOL", "exclude_input_in_output": "BOOL"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client got: the texts of the responses in order, and the error (over HTTP with `code`, Triton's name for it)."""
+
+    texts: list[str]
+    error: str | None = None
+    code: str | None = None
+    finals: tuple[bool, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def generate(url: str, body: Mapping[str, Any] | bytes, *, stream: bool = False) -> Answer:
+    """POST to generate or generate_stream."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection(url, timeout=TIMEOUT)
+    try:
+        connection.request("POST", f"/v2/models/{MODEL}/generate{'_stream' if stream else ''}", data)
+        response = connection.getresponse()
+        content = response.read().decode()
+        code = {200: None, 400: "INVALID_ARG", 500: "INTERNAL", 503: "UNAVAILABLE"}[response.status]
+    finally:
+        connection.close()
+    events = [json.loads(line.removeprefix("data: ")) for line in content.splitlines() if line]
+    errors = [event["error"] for event in events if "error" in event]
+    return Answer([event["text_output"] for event in events if "text_output" in event], "".join(errors) or None, code)
+
+
+class GrpcStream:
+    """One gRPC stream; its requests' responses arrive in one queue, told apart by their ids."""
+
+    def __init__(self, url: str) -> None:
+        self._client = grpcclient.InferenceServerClient(url)
+        self._responses: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
+        self._client.start_stream(lambda result, error: self._responses.put((result, error)))
+
+    def send(
+        self, inputs: Mapping[str, Any], *, request_id: str = "", parameters: dict[str, Any] | None = None
+    ) -> None:
+        """`inputs` by name, as Python values; a list makes a tensor of its length."""
+        self._client.async_stream_infer(
+            MODEL,
+            [_tensor(name, value) for name, value in inputs.items()],
+            request_id=request_id,
+            parameters=parameters,
+            enable_empty_final_response=True,
+        )
+
+    def next(self) -> tuple[str, list[str], bool]:
+        """The next response: request id, texts, final; raises InferenceServerException for an error response."""
+        result, error = self._responses.get(timeout=TIMEOUT)
+        if error is not None:
+            raise error
+        response = result.get_response()
+        output = result.as_numpy("text_output")
+        texts = [] if output is None else [text.decode() for text in output]
+        return response.id, texts, response.parameters["triton_final_response"].bool_param
+
+    def cancel(self) -> None:
+        self._client.stop_stream(cancel_requests=True)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+@contextmanager
+def grpc_stream(url: str) -> Iterator[GrpcStream]:
+    stream = GrpcStream(url)
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+def generate_grpc(url: str, inputs: Mapping[str, Any], *, parameters: dict[str, Any] | None = None) -> Answer:
+    """One request on a gRPC stream of its own. Errors come without their code there."""
+    texts: list[str] = []
+    finals: list[bool] = []
+    with grpc_stream(url) as stream:
+        stream.send(inputs, parameters=parameters)
+        try:
+            while not (finals and finals[-1]):
+                _, text, final = stream.next()
+                texts += text
+                finals.append(final)
+        except InferenceServerException as error:
+            return Answer(texts, error.message(), finals=tuple(finals))
+    return Answer(texts, finals=tuple(finals))
+
+
+def _tensor(name: str, value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    data_type = _TYPES[name]
+    tensor = grpcclient.InferInput(name, [len(values)], data_type)
+    encoded = [item.encode() if isinstance(item, str) else item for item in values]
+    tensor.set_data_from_numpy(np.array(encoded, dtype=_NUMPY[data_type]))
+    return tensor
+
+
+def metrics_text(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        content: str = response.read().decode()
+    return content
+
+
+def metric(url: str, name: str) -> float:
+    """A gauge of the model from the metrics endpoint."""
+    found = re.search(rf"^{re.escape(name)}\{{[^}}]*\}} (\S+)$", metrics_text(url), re.MULTILINE)
+    assert found is not None, f"no metric {name}"
+    return float(found[1])
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> float:
+    """Seconds until the condition holds; fails after `timeout`."""
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < timeout, "the condition does not come true"
+        time.sleep(0.005)
+    return time.monotonic() - begin

@@ -1,0 +1,105 @@
+"""A client that goes away gives its blocks back at once, and nobody else notices."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pagedcore.serve.triton_server import TritonServer
+from tests.triton.clients import MODEL, Answer, generate_grpc, grpc_stream, metric, wait_until
+
+LIMIT = 0.2  # seconds from the client's end until its blocks are free
+LONG = '{"max_tokens": 900, "ignore_eos": true, "temperature": 0}'
+
+
+def endless(**more: Any) -> dict[str, Any]:
+    return {"text_input": "Once upon a time", "stream": True, "sampling_parameters": LONG, **more}
+
+
+def num_running(server: TritonServer) -> float:
+    return metric(server.metrics_url, "vllm:num_requests_running")
+
+
+def fastest(end_a_client: Callable[[], float]) -> float:
+    """The best of up to three tries, as the machine may be busy with other things."""
+    best = end_a_client()
+    for _ in range(2):
+        if best < LIMIT:
+            break
+        best = min(best, end_a_client())
+    return best
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_cancelling_a_grpc_stream(server: TritonServer, all_blocks_free: Callable[[], bool], streaming: bool) -> None:
+    def cancel() -> float:
+        with grpc_stream(server.grpc_url) as stream:
+            stream.send(endless(stream=streaming))
+            wait_until(lambda: num_running(server) == 1)
+            wait_until(lambda: not all_blocks_free())
+            stream.cancel()
+            return wait_until(all_blocks_free)
+
+    assert fastest(cancel) < LIMIT
+
+
+def test_closing_an_http_connection(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
+    """Of a stream: until it answers, Triton's HTTP server does not look whether its client is still there."""
+
+    def close() -> float:
+        connection = http.client.HTTPConnection(server.http_url)
+        connection.request("POST", f"/v2/models/{MODEL}/generate_stream", json.dumps(endless()))
+        wait_until(lambda: num_running(server) == 1)
+        wait_until(lambda: not all_blocks_free())
+        assert connection.sock is not None
+        connection.sock.close()
+        return wait_until(all_blocks_free)
+
+    assert fastest(close) < LIMIT
+
+
+def test_many_cancelled_at_once(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
+    with grpc_stream(server.grpc_url) as stream:
+        for _ in range(40):
+            stream.send(endless())
+        wait_until(lambda: num_running(server) == 40)
+        stream.cancel()
+        wait_until(all_blocks_free)
+
+
+def stream_forever(url: str, started: Any) -> None:
+    with grpc_stream(url) as stream:
+        stream.send(endless())
+        stream.next()
+        started.set()
+        while True:
+            stream.next()
+
+
+def test_a_killed_client_process(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
+    """Its blocks come back, and the stream beside it gets the text it gets alone."""
+    inputs = endless(sampling_parameters='{"max_tokens": 64, "ignore_eos": true, "temperature": 0}')
+    alone = generate_grpc(server.grpc_url, inputs)
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    client = context.Process(target=stream_forever, args=(server.grpc_url, started))
+    client.start()
+    assert started.wait(60)
+    with grpc_stream(server.grpc_url) as stream:
+        stream.send(inputs)
+        texts = stream.next()[1]
+        wait_until(lambda: num_running(server) == 2)  # the gauge follows the engine within its export period
+        assert client.pid is not None
+        client.kill()
+        client.join()
+        assert client.exitcode == -signal.SIGKILL
+        for _ in range(63):
+            texts += stream.next()[1]
+    assert Answer(texts).text == alone.text
+    wait_until(all_blocks_free)

@@ -1,0 +1,174 @@
+"""Loading, unloading and stopping: clear errors, and nothing left behind."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pagedcore.serve.triton_server import TritonServer
+from tests.serve.processes import processes_with, shared_memory_with
+from tests.triton.clients import MODEL, generate, grpc_stream, metric, metrics_text, wait_until
+from tests.triton.conftest import write_arguments, write_repository
+
+_INTEGER_PROMPT = 'input [{ name: "text_input" data_type: TYPE_INT32 dims: [1] }]'
+
+
+@pytest.fixture(scope="module")
+def explicit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server on which models are loaded and unloaded by its API; none is loaded at first."""
+    folder = tmp_path_factory.mktemp("explicit")
+    repository = write_repository(folder)
+    arguments = ["--model-control-mode=explicit", "--exit-timeout-secs=5"]
+    with TritonServer(repository, log_path=folder / "tritonserver.log", extra_args=arguments) as running:
+        yield running
+
+
+def control(server: TritonServer, action: str) -> str | None:
+    """Load or unload the model; returns the error, if there is one."""
+    connection = http.client.HTTPConnection(server.http_url, timeout=60)
+    try:
+        connection.request("POST", f"/v2/repository/models/{MODEL}/{action}", "{}")
+        response = connection.getresponse()
+        content = response.read().decode()
+    finally:
+        connection.close()
+    return None if response.status == 200 else str(json.loads(content)["error"])
+
+
+def is_loaded(server: TritonServer) -> bool:
+    connection = http.client.HTTPConnection(server.http_url, timeout=60)
+    try:
+        connection.request("GET", f"/v2/models/{MODEL}/ready")
+        return connection.getresponse().status == 200
+    finally:
+        connection.close()
+
+
+def stubs(server: TritonServer) -> set[int]:
+    """Ids of the processes of the server's models."""
+    return set(processes_with(server.shm_prefix)) & set(processes_with("triton_python_backend_stub"))
+
+
+def model_json(content: str) -> Callable[[Path], object]:
+    return lambda model: (model / "1" / "model.json").write_text(content)
+
+
+def config_pbtxt(old: str, new: str) -> Callable[[Path], object]:
+    def change(model: Path) -> None:
+        path = model / "config.pbtxt"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            model_json('{"model": "default", "max_sequences": 4}'),
+            "unknown engine argument 'max_sequences'.*max_num_seqs",
+        ),
+        (model_json('{"model": "/nowhere"}'), "/nowhere"),
+        (model_json('{"model": "default", "dtype": "int3"}'), "dtype must be one of"),
+        (model_json('{"model": "default", "seed": 1, "seed": 2}'), "must not repeat a key, got 'seed' twice"),
+        (model_json('{"model": "default", "skip_tokenizer_init": true}'), "skip_tokenizer_init must be false"),
+        (model_json("{"), "must be a JSON object"),
+        (lambda model: (model / "1" / "model.json").unlink(), "model.json"),
+        (config_pbtxt("count: 1", "count: 2"), "instance_group must have 1 instance.*got 2"),
+        (config_pbtxt("max_batch_size: 0", "max_batch_size: 8"), "max_batch_size"),
+        (config_pbtxt("max_batch_size: 0", f"max_batch_size: 0 {_INTEGER_PROMPT}"), "text_input"),
+    ],
+)
+def test_a_model_that_cannot_be_served_fails_to_load(
+    explicit: TritonServer, change: Callable[[Path], object], reason: str
+) -> None:
+    model = explicit.model_repository / MODEL
+    saved = {path: path.read_text() for path in (model / "config.pbtxt", model / "1" / "model.json")}
+    try:
+        change(model)
+        error = control(explicit, "load")
+    finally:
+        for path, text in saved.items():
+            path.write_text(text)
+    assert error is not None
+    assert re.search(reason, error, re.DOTALL), error
+    assert "Traceback" not in error
+    assert not is_loaded(explicit)
+
+
+def test_cancelling_a_queued_request(explicit: TritonServer) -> None:
+    """It leaves the queue although it has never run, and the running request does not notice."""
+    write_arguments(explicit.model_repository, max_num_seqs=1)
+    assert control(explicit, "load") is None
+    long = {
+        "text_input": "Once upon a time",
+        "stream": True,
+        "sampling_parameters": '{"max_tokens": 100, "ignore_eos": true}',
+    }
+    with grpc_stream(explicit.grpc_url) as running, grpc_stream(explicit.grpc_url) as queued:
+        running.send(long)
+        running.next()
+        queued.send(long)
+        wait_until(lambda: metric(explicit.metrics_url, "vllm:num_requests_waiting") == 1)
+        queued.cancel()
+        wait_until(lambda: metric(explicit.metrics_url, "vllm:num_requests_waiting") == 0)
+        assert metric(explicit.metrics_url, "vllm:num_requests_running") == 1
+        running.next()
+    assert control(explicit, "unload") is None
+
+
+def test_unloading_and_loading_again(explicit: TritonServer) -> None:
+    """With a stream and a queued request still open, which end first."""
+    inputs = {"text_input": "Once upon a time", "sampling_parameters": '{"temperature": 0, "max_tokens": 40}'}
+    write_arguments(explicit.model_repository, max_num_seqs=1)
+    assert control(explicit, "load") is None
+    before = generate(explicit.http_url, inputs).text
+    with grpc_stream(explicit.grpc_url) as stream:
+        for request_id in ("a", "b"):
+            stream.send({**inputs, "stream": True}, request_id=request_id)
+        stream.next()
+        assert control(explicit, "unload") is None
+        finals = 0
+        while finals < 2:
+            finals += stream.next()[2]
+    wait_until(lambda: not is_loaded(explicit))
+    assert control(explicit, "load") is None
+    assert generate(explicit.http_url, inputs).text == before
+    assert control(explicit, "unload") is None
+    wait_until(lambda: not stubs(explicit))
+    wait_until(lambda: "kv_blocks" not in metrics_text(explicit.metrics_url))
+
+
+def test_stopping_the_server_lets_open_streams_finish(tmp_path: Path) -> None:
+    """Then nothing of it is left. This server has no metrics, which hinders nothing."""
+    server = TritonServer(
+        write_repository(tmp_path),
+        log_path=tmp_path / "log",
+        extra_args=["--exit-timeout-secs=15", "--allow-metrics=false"],
+    )
+    server.start()
+    server.wait_until_ready(120)
+    assert stubs(server)
+    with grpc_stream(server.grpc_url) as stream:
+        stream.send(
+            {"text_input": "Once", "stream": True, "sampling_parameters": '{"max_tokens": 60, "ignore_eos": true}'}
+        )
+        stream.next()
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        responses = 1
+        while not stream.next()[2]:
+            responses += 1
+        assert responses == 59
+    stopping.join()  # only now, as an open gRPC stream that has served a request keeps Triton from unloading its model
+    assert "successfully unloaded 'llm'" in server.log_path.read_text()
+    assert not processes_with(server.shm_prefix)
+    assert not shared_memory_with(server.shm_prefix)

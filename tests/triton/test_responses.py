@@ -1,0 +1,290 @@
+"""Response streams and lanes: order, merging, and exactly one final response on every path."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from pagedcore_triton.protocol import OutputDelta
+from pagedcore_triton.responses import ErrorCode, ResponseStream, SenderPool
+
+from pagedcore.engine.outputs import TokenOutput
+from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.engine.sequence import FinishReason
+from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError
+from pagedcore.serve.default_model import ensure_default_model
+from pagedcore.text import OutputText, Tokenizer, load_tokenizer
+
+WAIT = 10.0
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(ensure_default_model())
+
+
+class RecordingChannel:
+    """Stands for Triton's response sender, which exists only in its stub. A closed `gate` makes a send block."""
+
+    def __init__(self, log: list[tuple[RecordingChannel, str]] | None = None) -> None:
+        self.sent: list[str | tuple[ErrorCode, str]] = []
+        self.finals = 0
+        self.done = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.blocked = threading.Event()
+        self.cancelled = False
+        self.fails_with: Exception | None = None
+        self.misused: list[str] = []
+        self._log = log
+
+    def send(self, delta: OutputDelta, final: bool) -> None:
+        self._record(delta.text, final)
+
+    def send_error(self, code: ErrorCode, message: str) -> None:
+        self._record((code, message), True)
+
+    def is_cancelled(self) -> bool:
+        if self.finals:
+            self.misused.append("asked after the final response")
+        return self.cancelled
+
+    def _record(self, what: str | tuple[ErrorCode, str], final: bool) -> None:
+        if self.finals:
+            self.misused.append(f"{what} after the final response")
+        self.blocked.set()
+        assert self.gate.wait(WAIT)
+        if self.fails_with is not None and isinstance(what, str):
+            raise self.fails_with
+        self.sent.append(what)
+        if self._log is not None and isinstance(what, str):
+            self._log.append((self, what))
+        self.finals += final
+        if final:
+            self.done.set()
+
+
+class RecordingEngine:
+    """Stands for the engine: an abort is answered with a final output, once, as the engine does."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, ResponseStream] = {}
+        self.channels: list[RecordingChannel] = []
+        self.aborted: list[str] = []
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        if stream := self.streams.pop(request_id, None):
+            stream.push(TokenOutput(request_id, 0, [], FinishReason.ABORT))
+
+
+@pytest.fixture
+def engine() -> RecordingEngine:
+    return RecordingEngine()
+
+
+@pytest.fixture
+def pool(engine: RecordingEngine) -> Iterator[SenderPool]:
+    pool = SenderPool(engine)
+    pool.start()
+    yield pool
+    pool.stop(WAIT)
+    assert not [misuse for channel in engine.channels for misuse in channel.misused]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pagedcore-")]
+
+
+class Client:
+    """A request that is registered with pool and engine, and its tokens."""
+
+    def __init__(
+        self,
+        pool: SenderPool,
+        engine: RecordingEngine,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        stream: bool = True,
+        prefix: str = "",
+        log: list[tuple[RecordingChannel, str]] | None = None,
+        **params: object,
+    ) -> None:
+        self.name = name
+        self.channel = RecordingChannel(log)
+        sampling = SamplingParams.from_dict(params)
+        text = OutputText(tokenizer, [], stop=sampling.stop or ())
+        self.stream = ResponseStream(name, self.channel, text, sampling, stream=stream, prefix=prefix)
+        pool.add(self.stream)
+        engine.streams[name] = self.stream
+        engine.channels.append(self.channel)
+
+    def push(self, *token_ids: int, reason: FinishReason | None = None, error: Exception | None = None) -> None:
+        self.stream.push(TokenOutput(self.name, 0, list(token_ids), reason, error=error))
+
+    def result(self) -> list[str | tuple[ErrorCode, str]]:
+        assert self.channel.done.wait(WAIT)
+        return self.channel.sent
+
+
+def until(condition: object) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_an_idle_lane_sends_every_token_and_the_last_is_final(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("one two three")
+    client = Client(pool, engine, tokenizer, "a")
+    for number, token_id in enumerate(ids):
+        client.push(token_id, reason=FinishReason.LENGTH if number == len(ids) - 1 else None)
+    assert client.result() == [tokenizer.token_text(i) for i in ids]
+    assert client.channel.finals == 1
+
+
+def test_a_request_that_does_not_stream_gets_one_response(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
+) -> None:
+    client = Client(pool, engine, tokenizer, "a", stream=False, prefix="Count: ")
+    for token_id in tokenizer.encode("one two three"):
+        client.push(token_id)
+    client.push(tokenizer.eos_token_id or 0, reason=FinishReason.STOP)
+    assert client.result() == ["Count: one two three"]
+
+
+def test_an_unfinished_character_waits_for_its_rest(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("🙂!")
+    assert len(ids) > 2
+    client = Client(pool, engine, tokenizer, "a")
+    for token_id in ids:
+        client.push(token_id)
+    client.push(tokenizer.eos_token_id or 0, reason=FinishReason.STOP)
+    assert client.result() == ["🙂", "!", ""]
+
+
+def test_a_backlogged_lane_merges_and_sends_first_tokens_first(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
+) -> None:
+    log: list[tuple[RecordingChannel, str]] = []
+    clients = [Client(pool, engine, tokenizer, f"{i}", log=log) for i in range(12)]
+    a, b, new = [client for client in clients if client.stream.lane is clients[0].stream.lane]
+    one, two, three = tokenizer.encode("one two three")
+    b.push(one)
+    until(lambda: b.channel.sent)
+    a.channel.gate.clear()
+    a.push(one)
+    assert a.channel.blocked.wait(WAIT)
+    for token_id in (two, three):  # pile up behind the blocked send
+        a.push(token_id)
+        b.push(token_id)
+        new.push(token_id)
+    log.clear()
+    a.channel.gate.set()
+    until(lambda: len(log) == 5)
+    names = {a.channel: "a", b.channel: "b", new.channel: "new"}
+    assert [(names[channel], text) for channel, text in log] == [
+        ("a", "one"),
+        ("new", " two three"),
+        ("a", " two three"),
+        ("b", " two"),  # alone in line: the lane is idle again
+        ("b", " three"),
+    ]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_ends_the_request_and_stops_the_engine(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer, stream: bool
+) -> None:
+    client = Client(pool, engine, tokenizer, "a", stream=stream, stop="three")
+    for token_id in tokenizer.encode("one two three four"):
+        client.push(token_id)
+    assert "".join(str(text) for text in client.result()) == "one two "
+    until(lambda: engine.aborted == ["a"])
+    client.push(*tokenizer.encode(" five"))  # computed before the engine heard of it
+    lane = client.stream.lane
+    until(lambda: lane is not None and lane.num_streams == 0)  # the poller has seen it
+    assert client.channel.finals == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RequestError("top_k must be ..."), ErrorCode.INVALID_ARG, "Error generating stream: top_k must be ..."),
+        (EngineDeadError("it died"), ErrorCode.UNAVAILABLE, "Error generating stream: it died"),
+        (NonFiniteLogitsError("not finite"), ErrorCode.INTERNAL, "Error generating stream: not finite"),
+        (ZeroDivisionError("/secret"), ErrorCode.INTERNAL, "internal error (ZeroDivisionError), see the server's log"),
+    ],
+)
+def test_errors(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer, error: Exception, code: ErrorCode, message: str
+) -> None:
+    client = Client(pool, engine, tokenizer, "a")
+    client.push(*tokenizer.encode("one"))
+    client.push(reason=FinishReason.ERROR, error=error)
+    client.push(reason=FinishReason.ERROR, error=error)
+    first, last = client.result()
+    assert first == "one"
+    assert last[0] is code
+    assert message in last[1]
+    assert "/secret" not in last[1]
+
+
+def test_a_refused_request_is_answered_once_and_not_asked_afterwards(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
+) -> None:
+    clients = [Client(pool, engine, tokenizer, f"r{number}") for number in range(50)]
+    for client in clients:
+        time.sleep(0.002)  # the poller goes over all of them meanwhile
+        pool.discard(client.stream)
+        client.stream.refuse(RequestError("too long"))
+    for client in clients:
+        assert client.result() == [(ErrorCode.INVALID_ARG, "Error generating stream: too long")]
+        assert not client.stream.is_cancelled()
+        assert client.channel.finals == 1
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_cancellation_reaches_the_engine_and_the_client(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer, running: bool
+) -> None:
+    client = Client(pool, engine, tokenizer, "a")
+    if running:
+        client.push(*tokenizer.encode("one"))
+    client.channel.cancelled = True
+    assert client.result()[-1] == (ErrorCode.CANCELLED, "Request was cancelled")
+    assert engine.aborted[0] == "a"
+
+
+def test_a_failed_send_ends_its_request_only(pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer) -> None:
+    clients = [Client(pool, engine, tokenizer, f"{i}") for i in range(5)]
+    broken = clients[0]
+    broken.channel.fails_with = OSError("no space left in shared memory")
+    for client in clients:
+        client.push(*tokenizer.encode("one"))
+        client.push(*tokenizer.encode(" two"), reason=FinishReason.LENGTH)
+    (answer,) = broken.result()
+    assert answer[0] is ErrorCode.INTERNAL
+    until(lambda: "0" in engine.aborted)
+    for client in clients[1:]:
+        assert "".join(map(str, client.result())) == "one two"
+
+
+def test_stopping_the_pool_sends_what_was_pushed(engine: RecordingEngine, tokenizer: Tokenizer) -> None:
+    pool = SenderPool(engine)
+    clients = [Client(pool, engine, tokenizer, f"{i}") for i in range(20)]
+    for client in clients:
+        client.push(*tokenizer.encode("one"))
+        client.push(reason=FinishReason.ERROR, error=EngineDeadError("stopped"))
+    clients[0].channel.gate.clear()
+    pool.start()
+    assert clients[0].channel.blocked.wait(WAIT)
+    threading.Timer(0.1, clients[0].channel.gate.set).start()
+    pool.stop(WAIT)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pagedcore-")]
+    assert all(client.channel.finals == 1 for client in clients)
