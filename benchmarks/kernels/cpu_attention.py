@@ -5,9 +5,8 @@ Usage: python benchmarks/kernels/cpu_attention.py [--rounds 7]
 torch runs scaled_dot_product_attention on keys and values that were gathered into one contiguous tensor beforehand: the
 gathering, which it would need in every step, is not counted. To decode, the query heads that share a KV head are given to it
 as that head's queries, which is several times faster than its own handling of groups. Calls are replayed from a graph, as
-the engine does. Decode cases go round 30 caches, the default model's layers,
-so that nothing is in a cache of the processor that would not be there in a step. Every figure is the median of the
-rounds, in each of which the two take turns. "floor" is the longer of two times: reading the keys and values at the rate of a
+the engine does. Decode cases go round 30 caches, the default model's layers, so that nothing is in a cache of the processor
+that would not be there in a step. Every figure is the median of the rounds, in each of which the two take turns. "floor" is the longer of two times: reading the keys and values at the rate of a
 plain loop that only reads, and the multiplications at the rate of a loop of dot-product instructions on registers. Keys
 and values that the last-level cache holds are read faster than that.
 """
@@ -15,7 +14,9 @@ and values that the last-level cache holds are read faster than that.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.kernels.cpu_linear import Ceiling, alternate, measure_ceiling
+from benchmarks.kernels.cpu_linear import Ceiling, alternate, build_ceiling_program, measure_ceiling
 from pagedcore import _kernels, ops
 
 NUM_LAYERS = 30
@@ -150,7 +151,7 @@ def measure(case: Case, rounds: int, *turns: Callable[[], None]) -> list[float]:
 
         return run
 
-    seconds = alternate(rounds, *map(repeated, turns))
+    seconds = alternate(rounds, statistics.median, *map(repeated, turns))
     return [turn_seconds / repeats / case.num_caches for turn_seconds in seconds]
 
 
@@ -199,7 +200,8 @@ def main() -> None:
         raise SystemExit(f"error: measures bfloat16 dot products, and this processor is {ops.instruction_set()}")
     torch.manual_seed(0)
     torch.set_num_threads(ops.num_threads())
-    ceiling = measure_ceiling(ops.num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        ceiling = measure_ceiling(build_ceiling_program(Path(folder)))
     figures: list[report.Row] = []
     with torch.inference_mode():
         for case in CASES:
