@@ -87,6 +87,7 @@ def _build(config: EngineConfig, model: ModelConfig, executor: LocalExecutor, ma
             max_num_batched_tokens=_max_batched_tokens(config, max_model_len),
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
+            decode_batch_sizes=executor.decode_batch_sizes,
         ),
         blocks,
         executor.step_buffers(),

@@ -6,9 +6,10 @@ torch runs scaled_dot_product_attention on keys and values that were gathered in
 gathering, which it would need in every step, is not counted. To decode, the query heads that share a KV head are given to it
 as that head's queries, which is several times faster than its own handling of groups. Calls are replayed from a graph, as
 the engine does. Decode cases go round 30 caches, the default model's layers, so that nothing is in a cache of the processor
-that would not be there in a step. Every figure is the median of the rounds, in each of which the two take turns. "floor" is the longer of two times: reading the keys and values at the rate of a
-plain loop that only reads, and the multiplications at the rate of a loop of dot-product instructions on registers. Keys
-and values that the last-level cache holds are read faster than that.
+that would not be there in a step. Every figure is the median of the rounds, in each of which the two take turns. "floor" is
+the longer of two times: reading the keys and values at the rate of a plain loop that only reads, and the multiplications at
+the rate of a loop of dot-product instructions on registers. Keys and values that the last-level cache holds are read faster
+than that.
 """
 
 from __future__ import annotations

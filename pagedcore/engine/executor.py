@@ -26,9 +26,13 @@ class PendingStep(Protocol):
 
 
 class Executor(Protocol):
-    """Runs planned steps in the order of their launches, on one device or many."""
+    """Runs planned steps in the order of their launches, on one device or many.
+
+    `decode_batch_sizes`: see `SchedulerConfig`.
+    """
 
     kv_cache_shape: KVCacheShape
+    decode_batch_sizes: tuple[int, ...]
 
     def step_buffers(self) -> list[Int32Array]:
         """Three buffers, large enough for any step, in memory the device reads fast. The scheduler fills them in turn."""

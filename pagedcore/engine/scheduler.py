@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,17 +27,23 @@ from pagedcore.errors import NonFiniteLogitsError, RequestError
 _EXTRAS_OFFSET, _NUM_EXTRAS, _ANY_RANDOM, _MAX_LOGPROBS = (
     Header._fields.index(name) for name in ("extras_offset", "num_extras", "any_random", "max_logprobs")
 )
+_PADDING_SAMPLING = np.array([-1 if c is SamplingColumn.NUM_LOGPROBS else 0 for c in SamplingColumn], np.int32)
 WATERMARK = 0.01  # share of the blocks that admission leaves free, so that the newcomer is not preempted at once
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits of one step. Without chunked prefill, `max_num_batched_tokens` must be at least the longest sequence."""
+    """Limits of one step. Without chunked prefill, `max_num_batched_tokens` must be at least the longest sequence.
+
+    `decode_batch_sizes`: the numbers of rows, ascending, to which steps that only decode are padded, up to max_num_seqs at
+    least; empty: no padding.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    decode_batch_sizes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -234,7 +241,7 @@ class Scheduler:
 
     def _build_plan(self, sequences: list[Sequence], query_lens: list[int]) -> StepPlan:
         """Write the step's buffer and move the sequences' counters to where the step will have brought them."""
-        num_rows, num_tokens = len(sequences), sum(query_lens)
+        num_rows, num_tokens = self._padded_size(len(sequences), sum(query_lens))
         computed = [seq.num_computed_tokens for seq in sequences]
         ends = [start + n for start, n in zip(computed, query_lens, strict=True)]
         width = self.blocks.blocks_needed(max(ends))
@@ -268,12 +275,22 @@ class Scheduler:
         self.num_steps += 1
         return plan
 
+    def _padded_size(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
+        """The rows and tokens of a step with its padding."""
+        sizes = self.config.decode_batch_sizes
+        if not sizes or num_tokens > num_rows:
+            return num_rows, num_tokens
+        padded = sizes[bisect_left(sizes, num_rows)]
+        return padded, padded
+
     def _fill_sampling(
         self, buffer: Int32Array, layout: StepLayout, used: int, sequences: list[Sequence], draws: list[int]
     ) -> int:
         """Write the sampling section and the extras; return where the buffer ends."""
         end = layout.sampling + layout.num_rows * NUM_SAMPLING_COLUMNS
         rows = buffer[layout.sampling : end].reshape(layout.num_rows, NUM_SAMPLING_COLUMNS)
+        rows[len(sequences) :] = _PADDING_SAMPLING
+        rows = rows[: len(sequences)]
         np.take(self._sampling_table, [seq.slot for seq in sequences], axis=0, out=rows, mode="clip")
         rows[:, SamplingColumn.DRAW_INDEX] = draws
         buffer[_ANY_RANDOM] = rows[:, SamplingColumn.TEMPERATURE].any()

@@ -74,6 +74,8 @@ class LocalExecutor:
     `memory` says where the memory went.
     """
 
+    decode_batch_sizes = ()  # a CPU step needs no padding
+
     def __init__(
         self,
         config: EngineConfig,
@@ -126,10 +128,6 @@ class LocalExecutor:
     def step_buffers(self) -> list[Int32Array]:
         """Three buffers, each large enough for any step."""
         return self._step_buffers
-
-    def padded_rows(self, num_rows: int, decode_only: bool) -> int:
-        """A CPU step needs no padding."""
-        return num_rows
 
     def launch(self, plan: StepPlan) -> LocalPendingStep:
         """Hand the step to the worker thread; returns at once."""

@@ -29,6 +29,7 @@ def make_engine(
     max_num_batched_tokens: int = 32,
     enable_prefix_caching: bool = True,
     one_step_ahead: bool = True,
+    decode_batch_sizes: tuple[int, ...] = (),
 ) -> tuple[Engine, FakeExecutor, BlockManager]:
     executor = FakeExecutor(
         num_blocks,
@@ -39,7 +40,9 @@ def make_engine(
         max_width=MAX_MODEL_LEN // block_size + 1,
     )
     blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
-    config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, enable_prefix_caching)
+    config = SchedulerConfig(
+        max_num_seqs, max_num_batched_tokens, enable_prefix_caching, decode_batch_sizes=decode_batch_sizes
+    )
     limits = EngineLimits(MAX_MODEL_LEN, VOCAB, 20, frozenset({EOS}))
     engine = Engine(Scheduler(config, blocks, executor.step_buffers()), executor, limits, one_step_ahead=one_step_ahead)
     return engine, executor, blocks
@@ -106,6 +109,7 @@ def test_tokens_do_not_depend_on_the_schedule(
             max_num_batched_tokens=budget,
             enable_prefix_caching=enable_prefix_caching,
             one_step_ahead=one_step_ahead,
+            decode_batch_sizes=(1, 3, max_num_seqs + 1) if seed % 2 else (),
         )
         requests = make_requests(seed, 24)
         rng = random.Random(seed)

@@ -69,6 +69,7 @@ class FakeExecutor:
         self, num_blocks: int, block_size: int, vocab_size: int, *, max_rows: int, max_tokens: int, max_width: int
     ) -> None:
         self.kv_cache_shape = KVCacheShape(num_blocks, 0, block_size)
+        self.decode_batch_sizes = ()
         self.fail_steps: set[int] = set()
         self.broken_steps: set[int] = set()
         self.short_steps: set[int] = set()
@@ -105,6 +106,8 @@ class FakeExecutor:
             src, dst = buffer[layout.copies + 2 * pair : layout.copies + 2 * pair + 2].tolist()
             self._kv[dst * bs : (dst + 1) * bs] = self._kv[src * bs : (src + 1) * bs]
         starts = buffer[layout.query_start_loc : layout.query_start_loc + header.num_rows + 1].tolist()
+        assert (buffer[layout.slot_mapping + header.num_real_tokens : layout.query_start_loc] == -1).all()
+        assert (buffer[layout.seq_lens + header.num_real_rows : layout.block_tables] == 0).all()
         ids: dict[int, int] = {}
         for row in range(header.num_real_rows):
             seq_len = int(buffer[layout.seq_lens + row])
