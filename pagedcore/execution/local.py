@@ -74,7 +74,7 @@ class LocalExecutor:
     `memory` says where the memory went.
     """
 
-    decode_batch_sizes = ()  # a CPU step needs no padding
+    decode_batch_sizes: tuple[int, ...] = ()  # a CPU step needs no padding
 
     def __init__(
         self,

@@ -69,7 +69,7 @@ class FakeExecutor:
         self, num_blocks: int, block_size: int, vocab_size: int, *, max_rows: int, max_tokens: int, max_width: int
     ) -> None:
         self.kv_cache_shape = KVCacheShape(num_blocks, 0, block_size)
-        self.decode_batch_sizes = ()
+        self.decode_batch_sizes: tuple[int, ...] = ()
         self.fail_steps: set[int] = set()
         self.broken_steps: set[int] = set()
         self.short_steps: set[int] = set()
