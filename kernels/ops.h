@@ -132,6 +132,31 @@ struct PackedLinear {
   DType y_dtype;  // of y: dtype, or float32 (logits)
 };
 
+// y = x W^T (+ bias) for few rows of x, by reading the weight at the speed of the memory. fp32 accumulation in an order
+// that depends on nothing but the shape.
+struct SkinnyLinear {
+  void* y;             // [num_tokens, out_features], contiguous
+  const void* x;       // [num_tokens, in_features], rows `x_row_stride` elements apart
+  const void* weight;  // [out_features, in_features], contiguous
+  const void* bias;    // [out_features] or null, same dtype as x
+  int64_t x_row_stride;
+  int32_t num_tokens, in_features, out_features;
+  DType dtype;    // of x, weight and bias: 16 bits wide
+  DType y_dtype;  // of y: dtype, or float32 (logits)
+};
+
+// Spread a step's packed buffer (pagedcore/engine/step_plan.py: StepLayout), as it came from the host, to where the
+// step's kernels read it. The table's width is read from the buffer's header, so one captured launch serves every
+// width.
+struct UnpackStep {
+  const int32_t* packed;          // the packed buffer
+  const int32_t* last_token_ids;  // what the step before drew, by row
+  int32_t* token_ids;             // [num_tokens] out: an id -1 - r of the buffer stands for last_token_ids[r]
+  int32_t* block_tables;          // [num_rows, table_stride] out; entries behind the buffer's width are left alone
+  int32_t* sampling;              // [num_rows, kNumSamplingColumns] out
+  int32_t num_tokens, num_rows, table_stride;
+};
+
 namespace cpu {
 // All CPU kernels run on the library's own threads (cpu/thread_pool.h) and return when the work is done.
 void rotary_write_kv(const RotaryWriteKV&);
@@ -164,6 +189,8 @@ void rms_norm(const RMSNorm&, Stream);
 void silu_and_mul(const SiluAndMul&, Stream);
 void sample(const Sample&, Stream);
 void logprobs(const Logprobs&, Stream);
+void skinny_linear(const SkinnyLinear&, Stream);
+void unpack_step(const UnpackStep&, Stream);
 }  // namespace cuda
 #endif
 

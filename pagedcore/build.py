@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.engine_thread import EngineThread
 from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
 from pagedcore.errors import ConfigError
+from pagedcore.execution.cuda import CudaExecutor, has_cuda_device
 from pagedcore.execution.local import LocalExecutor
 from pagedcore.models.config import ModelConfig
 from pagedcore.serve.cache import SetupError
@@ -61,8 +63,10 @@ def load_engine(config: EngineConfig) -> LoadedEngine[Engine]:
     except SetupError as error:
         raise ConfigError(str(error)) from error
     model = ModelConfig.from_folder(folder)
+    config = dataclasses.replace(config, device=_device(config.device))
     max_model_len = _max_model_len(config, model)
-    executor = LocalExecutor(config, model, folder, max_model_len, _max_batched_tokens(config, max_model_len))
+    executor_class = CudaExecutor if config.device == "cuda" else LocalExecutor
+    executor = executor_class(config, model, folder, max_model_len, _max_batched_tokens(config, max_model_len))
     try:
         tokenizer = None if config.skip_tokenizer_init else load_tokenizer(Path(config.tokenizer or folder))
         engine = _build(config, model, executor, max_model_len)
@@ -73,7 +77,9 @@ def load_engine(config: EngineConfig) -> LoadedEngine[Engine]:
     return LoadedEngine(engine, tokenizer, max_model_len, model.vocab_size, tuple(model.eos_token_ids), config)
 
 
-def _build(config: EngineConfig, model: ModelConfig, executor: LocalExecutor, max_model_len: int) -> Engine:
+def _build(
+    config: EngineConfig, model: ModelConfig, executor: LocalExecutor | CudaExecutor, max_model_len: int
+) -> Engine:
     shape = executor.kv_cache_shape
     blocks = BlockManager(
         shape.num_blocks,
@@ -98,6 +104,16 @@ def _build(config: EngineConfig, model: ModelConfig, executor: LocalExecutor, ma
     return Engine(scheduler, executor, limits, seed=config.seed, one_step_ahead=config.async_scheduling)
 
 
+def _device(asked: str) -> str:
+    if asked == "auto":
+        return "cuda" if has_cuda_device() else "cpu"
+    if asked == "cuda" and not has_cuda_device():
+        raise ConfigError(
+            "device must be auto or cpu here, got 'cuda': there is no NVIDIA GPU, or torch or the kernels were built without CUDA"
+        )
+    return asked
+
+
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len is None:
         return model.max_context_len
@@ -113,7 +129,7 @@ def _max_batched_tokens(config: EngineConfig, max_model_len: int) -> int:
     """The step's token budget: at least one token for each sequence, and a whole prompt where prompts are not chunked."""
     budget = config.max_num_batched_tokens
     if budget is None:
-        budget = max(DEFAULT_BATCHED_TOKENS["cpu" if config.device != "cuda" else "cuda"], config.max_num_seqs)
+        budget = max(DEFAULT_BATCHED_TOKENS[config.device], config.max_num_seqs)
         return budget if config.enable_chunked_prefill else max(budget, max_model_len)
     if budget < config.max_num_seqs:
         raise ConfigError(f"max_num_batched_tokens must be at least max_num_seqs = {config.max_num_seqs}, got {budget}")

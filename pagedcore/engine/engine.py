@@ -128,6 +128,8 @@ class Engine:
         plan, pending = launched
         try:
             result = pending.wait()
+        except EngineDeadError:
+            raise
         except Exception as error:  # whatever it is, it is scoped to this step's requests
             return self._step_failed(plan, error)
         self._num_failed_steps = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pagedcore.layers.linear import Placement
 from pagedcore.models.config import ModelConfig
 
 CPU_KV_CACHE_BYTES = 4 << 30
+GRAPH_BYTES = 256 << 20  # room that is kept for the captured graphs
 
 
 class KVCache:
@@ -49,6 +51,12 @@ class MemoryPlan:
     block: int
     num_blocks: int
     block_size: int
+    workspace: int = 0  # of the kernels
+    graphs: int = 0
+    other: int = 0  # a GPU's context, code and libraries, and other processes there
+
+    def with_graphs(self, graphs: int) -> MemoryPlan:
+        return dataclasses.replace(self, graphs=graphs)
 
     @property
     def kv_cache(self) -> int:
@@ -60,8 +68,11 @@ class MemoryPlan:
             ("KV cache", self.kv_cache),
             ("activations", self.activations),
             ("step inputs", self.inputs),
+            ("workspace", self.workspace),
+            ("graphs", self.graphs),
+            ("context and libraries", self.other),
         )
-        sizes = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts)
+        sizes = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts if size)
         tokens = self.num_blocks * self.block_size
         return f"memory: {sizes}; {self.num_blocks:,} blocks of {self.block_size} tokens hold {tokens:,} tokens"
 
@@ -76,7 +87,7 @@ def plan_memory(
     max_model_len: int,
     free_bytes: int,
 ) -> MemoryPlan:
-    """Decide how many blocks of `block` bytes the KV cache gets of a device that had `free_bytes` before loading.
+    """Decide how many blocks of `block` bytes the KV cache gets of a host that had `free_bytes` before loading.
 
     num_gpu_blocks_override where it is set, whatever it is; else kv_cache_memory_bytes; else the share
     gpu_memory_utilization of what weights, activations and inputs leave, at most what max_num_seqs sequences of
@@ -87,13 +98,53 @@ def plan_memory(
     """
     room = max(free_bytes - weights - activations - inputs, 0)
     blocks_per_sequence = -(-max_model_len // config.block_size)
+    share = min(int(room * config.gpu_memory_utilization), max(CPU_KV_CACHE_BYTES, blocks_per_sequence * block))
+    num_blocks = _num_blocks(config, block, max_model_len, room, share)
+    return MemoryPlan(weights, activations, inputs, block, num_blocks, config.block_size)
+
+
+def plan_gpu_memory(
+    config: EngineConfig,
+    *,
+    weights: int,
+    activations: int,
+    inputs: int,
+    workspace: int,
+    block: int,
+    max_model_len: int,
+    used_bytes: int,
+    total_bytes: int,
+) -> MemoryPlan:
+    """Decide how many blocks of `block` bytes the KV cache gets of a GPU with `used_bytes` of its `total_bytes` in use.
+
+    As `plan_memory`, but that gpu_memory_utilization is the share of the whole GPU that is to be in use in the end, by whom
+    ever, and GRAPH_BYTES of it are kept for the graphs. Raises ConfigError likewise.
+    """
+    room = max(total_bytes - used_bytes - GRAPH_BYTES, 0)
+    share = int(total_bytes * config.gpu_memory_utilization) - used_bytes - GRAPH_BYTES
+    is_automatic = config.num_gpu_blocks_override is None and config.kv_cache_memory_bytes is None
+    if is_automatic and share < block:
+        raise ConfigError(
+            f"gpu_memory_utilization must leave room for a KV cache: {config.gpu_memory_utilization} of "
+            f"{total_bytes / 2**30:,.1f} GiB is {-share / 2**30:,.1f} GiB less than what is in use with the model "
+            f"({used_bytes / 2**30:,.1f} GiB, {weights / 2**30:,.1f} GiB of it weights) and the graphs"
+        )
+    num_blocks = _num_blocks(config, block, max_model_len, room, share)
+    other = used_bytes - weights - activations - inputs - workspace
+    return MemoryPlan(
+        weights, activations, inputs, block, num_blocks, config.block_size, workspace=workspace, other=other
+    )
+
+
+def _num_blocks(config: EngineConfig, block: int, max_model_len: int, room: int, share: int) -> int:
+    """The KV cache's blocks, out of `room` bytes in all, or `share` bytes where the configuration does not say."""
+    blocks_per_sequence = -(-max_model_len // config.block_size)
     if config.num_gpu_blocks_override is not None:
         num_blocks, source = config.num_gpu_blocks_override, "num_gpu_blocks_override"
         blocks_per_sequence = 1  # whatever it is
     elif config.kv_cache_memory_bytes is not None:
         num_blocks, source = config.kv_cache_memory_bytes // block, "kv_cache_memory_bytes"
     else:
-        share = min(int(room * config.gpu_memory_utilization), max(CPU_KV_CACHE_BYTES, blocks_per_sequence * block))
         num_blocks = min(share // block, config.max_num_seqs * blocks_per_sequence)
         source = "gpu_memory_utilization"
     if num_blocks * block > room:
@@ -107,7 +158,7 @@ def plan_memory(
             f"and one sequence of max_model_len = {max_model_len} tokens needs {blocks_per_sequence}: "
             "lower max_model_len or give more memory"
         )
-    return MemoryPlan(weights, activations, inputs, block, num_blocks, config.block_size)
+    return num_blocks
 
 
 def free_host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -85,8 +85,6 @@ class LocalExecutor:
         max_num_batched_tokens: int,
     ) -> None:
         """Load the model from `folder` and allocate all memory. Raises ConfigError for what cannot be loaded or fit."""
-        if config.device == "cuda":
-            raise ConfigError("device must be auto or cpu: this version runs models on the CPU, got 'cuda'")
         placement = Placement(cpu_dtype(config.dtype, model_config.dtype), torch.device("cpu"))
         if config.num_threads is not None:
             ops.set_num_threads(config.num_threads)
@@ -98,9 +96,7 @@ class LocalExecutor:
             activations = ActivationBuffers(model_config, max_num_batched_tokens, max_rows, placement)
             self._inputs = InputBuffers(max_num_batched_tokens, max_rows, table_width, placement.device)
             self._step_buffers = [
-                np.zeros(
-                    _step_buffer_size(max_rows, max_num_batched_tokens, table_width, max_model_len), dtype=np.int32
-                )
+                np.zeros(step_buffer_size(max_rows, max_num_batched_tokens, table_width, max_model_len), dtype=np.int32)
                 for _ in range(NUM_STEP_BUFFERS)
             ]
             self.memory = plan_memory(
@@ -178,7 +174,7 @@ class LocalExecutor:
         return sampled.to_result()
 
 
-def _step_buffer_size(max_rows: int, max_tokens: int, table_width: int, max_model_len: int) -> int:
+def step_buffer_size(max_rows: int, max_tokens: int, table_width: int, max_model_len: int) -> int:
     """int32 elements of the largest step."""
     copies = 2 * max_rows  # a step writes into one shared block of a row at most
     return StepLayout(max_tokens, max_rows, table_width).copies + 2 * copies + max_extras(max_rows, max_model_len)

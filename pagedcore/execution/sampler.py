@@ -53,9 +53,9 @@ class Extras:
     bans: torch.Tensor  # [C, 2] int64
 
     @classmethod
-    def from_buffer(cls, extras: torch.Tensor) -> Extras:
-        """Read the extras section (int32) of a step's packed buffer."""
-        header = ExtrasHeader(*extras[: len(ExtrasHeader._fields)].tolist())
+    def from_buffer(cls, extras: torch.Tensor, host_extras: torch.Tensor) -> Extras:
+        """Read the extras section (int32) of a step's packed buffer; `host_extras` is the same on the CPU."""
+        header = ExtrasHeader(*host_extras[: len(ExtrasHeader._fields)].tolist())
         sizes = [
             EXTRAS_HEADER_SIZE,
             header.num_penalty_rows * NUM_PENALTY_COLUMNS,
@@ -80,13 +80,19 @@ class Sampler:
     """Draws a token for each row of a step. It has no state: a draw depends on the row's logits, parameters and history."""
 
     def __call__(
-        self, logits: torch.Tensor, buffer: torch.Tensor, header: Header, input_ids: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        buffer: torch.Tensor,
+        header: Header,
+        input_ids: torch.Tensor,
+        host_buffer: torch.Tensor | None = None,
     ) -> SampledTokens:
         """Draw the tokens of a step.
 
         logits: [num_rows, vocab_size] float32 of each row's last token; may be overwritten.
         buffer: int32, the step's packed buffer, and `header` its header.
         input_ids: [num_tokens] the step's input ids, none of them negative.
+        host_buffer: where the buffer is on a GPU, the same on the CPU, so that nobody need ask the GPU for sizes.
         Log probabilities are of the model's own distribution, before penalties, bans and temperature.
         """
         layout = StepLayout(header.num_tokens, header.num_rows, header.table_width)
@@ -95,7 +101,8 @@ class Sampler:
         processed = logits
         if header.num_extras:
             processed = logits.clone() if wants_logprobs else logits
-            extras = Extras.from_buffer(buffer[header.extras_offset : header.extras_offset + header.num_extras])
+            section = slice(header.extras_offset, header.extras_offset + header.num_extras)
+            extras = Extras.from_buffer(buffer[section], (buffer if host_buffer is None else host_buffer)[section])
             last_positions = buffer[layout.query_start_loc + 1 : layout.seq_lens] - 1
             apply_extras(processed, extras, input_ids.index_select(0, last_positions))
         token_ids = ops.sample(processed, parameters)

@@ -88,6 +88,11 @@ class ActivationBuffers:
         for source, last in ((self.residual, self._last[0]), (self._hidden, self._last[2])):
             torch.index_select(source, 0, positions, out=last[:num_rows])
 
+    def for_decode(self, num_rows: int) -> LastActivations:
+        """As `for_rows`, for rows of one token each: their activations are where the layers left them."""
+        residual, normed, hidden = (tensor[:num_rows] for tensor in (self.residual, self._normed, self._hidden))
+        return LastActivations(residual, normed, hidden, self.logits[:num_rows])
+
     def for_rows(self, num_rows: int) -> LastActivations:
         """Views of the first `num_rows` rows."""
         residual, normed, hidden = (tensor[:num_rows] for tensor in self._last)

@@ -36,6 +36,7 @@ class AttentionInputs:
     seq_lens: torch.Tensor  # [num_rows]
     block_tables: torch.Tensor  # [num_rows, table_width]
     max_query_len: int
+    workspace: torch.Tensor | None = None  # a GPU's, see ops.paged_attention
 
 
 class Attention(nn.Module):
@@ -91,5 +92,6 @@ class Attention(nn.Module):
             inputs.seq_lens,
             inputs.max_query_len,
             self.scale,
+            inputs.workspace,
         )
         self.o_proj(activations.context_rows, activations.hidden)

@@ -97,11 +97,9 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, in_features] -> out: [num_tokens, out_features], of x's dtype or float32."""
         if self.packed is not None:
-            ops.packed_linear(x, self.packed, self.bias, out.dtype, out)
-        else:
-            assert self.weight is not None
-            out.copy_(nn.functional.linear(x, self.weight, self.bias))
-        return out
+            return ops.packed_linear(x, self.packed, self.bias, out.dtype, out)
+        assert self.weight is not None
+        return ops.linear(x, self.weight, self.bias, out)
 
     def _slots(self, name: str, rows: slice, full_rows: int, start: int) -> Iterator[tuple[str, WeightSlot]]:
         """Slots of weight and bias of one checkpoint layer that fills `rows` of this one."""

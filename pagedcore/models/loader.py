@@ -143,7 +143,7 @@ def _fill_dummy(slots: dict[str, WeightSlot], seed: int) -> None:
         if name.endswith("norm.weight"):
             destination.fill_(1.0)
             continue
-        values = noise.to(destination.dtype).roll(offset)
+        values = noise.to(destination.device, destination.dtype).roll(offset)
         flat = destination.view(-1)
         for begin in range(0, flat.numel(), _DUMMY_PERIOD):
             piece = flat[begin : begin + _DUMMY_PERIOD]

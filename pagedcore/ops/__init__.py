@@ -14,8 +14,9 @@ from pagedcore.ops.attention import (
 )
 from pagedcore.ops.cpu import CpuGraph, instruction_set, num_threads, request_huge_pages, set_num_threads
 from pagedcore.ops.elementwise import rms_norm, silu_and_mul
-from pagedcore.ops.linear import PackedWeight, WeightArena, pack_linear, packed_linear
+from pagedcore.ops.linear import PackedWeight, WeightArena, linear, pack_linear, packed_linear
 from pagedcore.ops.sampling import logprobs, sample
+from pagedcore.ops.step import unpack_step
 
 __all__ = [
     "CpuGraph",
@@ -23,6 +24,7 @@ __all__ = [
     "WeightArena",
     "copy_blocks",
     "instruction_set",
+    "linear",
     "logprobs",
     "num_threads",
     "pack_linear",
@@ -36,4 +38,5 @@ __all__ = [
     "set_num_threads",
     "silu_and_mul",
     "swap_blocks",
+    "unpack_step",
 ]

@@ -1,4 +1,4 @@
-"""Linear layers on the CPU: weights laid out once for the processor, and the product with them."""
+"""Linear layers: on the CPU with weights laid out once for the processor, on a GPU with the weights as they are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pagedcore.ops.border import DTYPE_CODES, addresses, fit, refuse, run
 from pagedcore.ops.cpu import request_huge_pages
 
 _CACHE_LINE = 64
+_MAX_SKINNY_ROWS = 16  # kernels/cuda/skinny_linear.cu
 
 
 class WeightArena:
@@ -99,3 +100,50 @@ def packed_linear(
     codes = (DTYPE_CODES[dtype], DTYPE_CODES[out.dtype])
     run("packed_linear", False, *addresses(out, x, packed.data, bias), *strides, *sizes, *codes)
     return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """y = x W^T (+ bias), accumulated in float32, on a GPU; for few rows by a kernel that reads the weight at memory speed.
+
+    x: [num_tokens, in_features], rows may be strided. weight: [out_features, in_features]. bias: [out_features].
+    out: [num_tokens, out_features], of x's dtype or, without a bias, float32. Returns out.
+    """
+    num_tokens, in_features = x.shape
+    out_features, dtype = len(weight), x.dtype
+    if not (
+        weight.shape == (out_features, in_features)
+        and out.shape == (num_tokens, out_features)
+        and (bias is None or bias.shape == (out_features,))
+        and (out.dtype is dtype or (out.dtype is torch.float32 and bias is None))
+        and x.stride(1) == 1
+        and x.is_cuda
+        and fit(dtype, True, weight, bias)
+        and fit(out.dtype, True, out)
+    ):
+        refuse(
+            "linear",
+            "x [T, K], weight [N, K], bias [N] and out [T, N] on a GPU",
+            x=x,
+            weight=weight,
+            bias=bias,
+            out=out,
+        )
+    if (
+        num_tokens <= _MAX_SKINNY_ROWS
+        and dtype is not torch.float32
+        and _is_skinny(x.stride(0), in_features, out_features)
+    ):
+        sizes = (x.stride(0), num_tokens, in_features, out_features)
+        codes = (DTYPE_CODES[dtype], DTYPE_CODES[out.dtype])
+        run("skinny_linear", True, *addresses(out, x, weight, bias), *sizes, *codes)
+    elif bias is not None:
+        torch.addmm(bias, x, weight.t(), out=out)
+    elif out.dtype is dtype:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    return out
+
+
+def _is_skinny(row_stride: int, in_features: int, out_features: int) -> bool:
+    return row_stride % 8 == 0 and in_features % 32 == 0 and out_features % 16 == 0

@@ -10,26 +10,28 @@ from pagedcore.ops.border import addresses, fit, refuse, run
 _NUM_SAMPLING_COLUMNS = 8
 
 
-def sample(logits: Tensor, parameters: Tensor) -> Tensor:
+def sample(logits: Tensor, parameters: Tensor, out: Tensor | None = None) -> Tensor:
     """Draw a token for each row; kernels/ops.h says how.
 
     logits: [num_rows, vocab_size] float32, rows may be strided; penalties and bans already applied.
     parameters: [num_rows, 8] int32, contiguous (kernels/ops.h: SamplingColumn).
-    Returns token ids [num_rows] int32; -1 for a row whose logits are not finite.
+    Returns token ids [num_rows] int32, in `out` where given; -1 for a row whose logits are not finite.
     """
     num_rows, vocab_size = logits.shape
     is_cuda = logits.is_cuda
+    if out is None:
+        out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if not (
         parameters.shape == (num_rows, _NUM_SAMPLING_COLUMNS)
         and logits.dtype is torch.float32
         and logits.stride(1) == 1
-        and fit(torch.int32, is_cuda, parameters)
+        and out.shape == (num_rows,)
+        and fit(torch.int32, is_cuda, parameters, out)
     ):
-        expected = f"logits [R, V] float32 and parameters [R, {_NUM_SAMPLING_COLUMNS}] int32 on one device"
-        refuse("sample", expected, logits=logits, parameters=parameters)
-    token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    run("sample", is_cuda, *addresses(logits, parameters, token_ids), logits.stride(0), num_rows, vocab_size)
-    return token_ids
+        expected = f"logits [R, V] float32, parameters [R, {_NUM_SAMPLING_COLUMNS}] and out [R] int32 on one device"
+        refuse("sample", expected, logits=logits, parameters=parameters, out=out)
+    run("sample", is_cuda, *addresses(logits, parameters, out), logits.stride(0), num_rows, vocab_size)
+    return out
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

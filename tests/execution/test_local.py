@@ -171,9 +171,3 @@ def test_dtype_on_a_cpu() -> None:
     assert cpu_dtype("float32", "float16") is torch.float32
     with pytest.raises(ConfigError, match=r"dtype must be one of auto, float32, bfloat16 on a CPU, got 'float16'"):
         cpu_dtype("float16", "float16")
-
-
-@pytest.mark.usefixtures("model")
-def test_cuda_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"device must be auto or cpu.*got 'cuda'"):
-        Driver(tmp_path, device="cuda")

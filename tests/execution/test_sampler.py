@@ -122,7 +122,8 @@ def test_penalties_and_bans_equal_plain_loops() -> None:
         buffer, header, input_ids = step(rows, query_lens)
         actual = torch.from_numpy(logits.copy())
         if header.num_extras:
-            extras = Extras.from_buffer(buffer[header.extras_offset :])
+            section = buffer[header.extras_offset :]
+            extras = Extras.from_buffer(section, section)
             apply_extras(actual, extras, input_ids[torch.tensor(query_lens).cumsum(0) - 1])
         for i, row in enumerate(rows):
             np.testing.assert_allclose(actual[i].numpy(), expected_logits(row, logits[i]), atol=2e-6, err_msg=str(row))

@@ -1,0 +1,241 @@
+"""The executor that runs steps on one NVIDIA GPU."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pagedcore import _kernels, ops
+from pagedcore.config import EngineConfig
+from pagedcore.engine.executor import KVCacheShape
+from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan, StepResult
+from pagedcore.errors import ConfigError, EngineDeadError
+from pagedcore.execution.cuda_step import CudaInputs, CudaStep
+from pagedcore.execution.kv_cache import KVCache, MemoryPlan, block_bytes, plan_gpu_memory
+from pagedcore.execution.local import NUM_STEP_BUFFERS, step_buffer_size
+from pagedcore.execution.sampler import SampledTokens, Sampler
+from pagedcore.layers.activations import ActivationBuffers
+from pagedcore.layers.linear import Placement
+from pagedcore.models.config import ModelConfig
+from pagedcore.models.loader import load_model
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MIN_BLOCK_SIZE = 16
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_logger = logging.getLogger(__name__)
+
+
+def has_cuda_device() -> bool:
+    """Whether there is a GPU and the kernels were built for one."""
+    return _kernels.has_cuda and torch.cuda.is_available()
+
+
+def cuda_dtype(asked: str, checkpoint: str) -> torch.dtype:
+    """The dtype of weights, activations and KV cache on a GPU.
+
+    "auto" takes the checkpoint's, and bfloat16 for a float32 one. Raises ConfigError where float32 is asked for.
+    """
+    if asked == "auto":
+        asked = "bfloat16" if checkpoint == "float32" else checkpoint
+    if asked not in _DTYPES:
+        raise ConfigError(f"dtype must be one of auto, {', '.join(_DTYPES)} on a GPU, got {asked!r}")
+    return _DTYPES[asked]
+
+
+def decode_batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """The numbers of rows for which decode steps are captured: dense where a step is short, up to max_num_seqs."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 16, 16)]
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+class CudaPendingStep:
+    """A step enqueued on the GPU. Its tokens are on the way to pinned memory."""
+
+    def __init__(self, done: torch.cuda.Event, result: StepResult) -> None:
+        self._done = done
+        self._result = result
+
+    def wait(self) -> StepResult:
+        """Block until the step is done; EngineDeadError where the GPU has failed, for it can do nothing after that."""
+        try:
+            self._done.synchronize()
+        except torch.AcceleratorError as error:
+            raise EngineDeadError(f"the GPU failed: {error}") from error
+        return self._result
+
+
+class FailedStep:
+    """A step that could not be launched."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def wait(self) -> StepResult:
+        """Raise what went wrong."""
+        raise self._error
+
+
+class CudaExecutor:
+    """Owns model, KV cache, activations and graphs on one GPU, and the stream on which the steps run in their order.
+
+    Launching only enqueues: one copy in, the kernels (a single graph where all rows decode), one copy out.
+    `memory` says where the memory went.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        folder: Path,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        """Load the model from `folder`, allocate all memory and capture the graphs. Raises ConfigError."""
+        _check_kernels_serve(model_config, config.block_size)
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        placement = Placement(cuda_dtype(config.dtype, model_config.dtype), self._device)
+        self.decode_batch_sizes = () if config.enforce_eager else decode_batch_sizes(config.max_num_seqs)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            self._load(config, model_config, folder, placement, max_model_len, max_num_batched_tokens)
+            self._stream.synchronize()
+        _logger.info("%s", self.memory)
+
+    def _load(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        folder: Path,
+        placement: Placement,
+        max_model_len: int,
+        max_tokens: int,
+    ) -> None:
+        max_rows, block_size = config.max_num_seqs, config.block_size
+        table_width = -(-max_model_len // block_size)
+        model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
+        activations = ActivationBuffers(model_config, max_tokens, max_rows, placement)
+        size = step_buffer_size(max_rows, max_tokens, table_width, max_model_len)
+        inputs = CudaInputs(size, max_tokens, max_rows, table_width, self._device)
+        workspace_bytes = ops.paged_attention_workspace_bytes(
+            self._device, model_config.num_heads, model_config.num_kv_heads, model_config.head_dim
+        )
+        workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=self._device)
+        self._host_buffers = [torch.zeros(size, dtype=torch.int32, pin_memory=True) for _ in range(NUM_STEP_BUFFERS)]
+        self._drawn = [torch.zeros(max_rows, dtype=torch.int32, pin_memory=True) for _ in range(NUM_STEP_BUFFERS)]
+        self._sampler = Sampler()
+
+        # The largest step, on a cache of one block: what libraries allocate on first use is then allocated.
+        self._step = CudaStep(model, KVCache(model_config, 1, block_size, placement), activations, inputs, workspace)
+        for num_rows, query_len in ((-(-max_tokens // max_model_len), min(max_tokens, max_model_len)), (max_rows, 1)):
+            self._run_padding(num_rows, query_len)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+        plan = plan_gpu_memory(
+            config,
+            weights=model.num_bytes,
+            activations=activations.num_bytes,
+            inputs=inputs.num_bytes,
+            workspace=workspace_bytes,
+            block=block_bytes(model_config, block_size, placement),
+            max_model_len=max_model_len,
+            used_bytes=total_bytes - free_bytes,
+            total_bytes=total_bytes,
+        )
+        kv_cache = KVCache(model_config, plan.num_blocks, block_size, placement)
+        self.kv_cache_shape = KVCacheShape(plan.num_blocks, 0, block_size)
+        self._step = CudaStep(model, kv_cache, activations, inputs, workspace)
+        before, _ = torch.cuda.mem_get_info(self._device)
+        self._step.capture(self.decode_batch_sizes, self._stream)
+        after, _ = torch.cuda.mem_get_info(self._device)
+        self.memory: MemoryPlan = plan.with_graphs(before - after)
+
+    def _run_padding(self, num_rows: int, query_len: int) -> None:
+        """Run a step of rows that write nothing and attend to block 0."""
+        num_tokens = num_rows * query_len
+        num_tokens = min(num_tokens, len(self._step.inputs.token_ids))
+        num_rows = num_tokens // query_len
+        num_tokens = num_rows * query_len
+        layout = StepLayout(num_tokens, num_rows, 0)
+        packed = torch.zeros(layout.copies, dtype=torch.int32)
+        packed[layout.slot_mapping : layout.query_start_loc] = -1
+        packed[layout.query_start_loc : layout.seq_lens] = torch.arange(num_rows + 1) * query_len
+        packed[layout.seq_lens : layout.block_tables] = query_len
+        self._step.inputs.upload(packed)
+        self._step.forward(num_tokens, num_rows, query_len)
+        torch.cuda.current_stream().synchronize()
+
+    def step_buffers(self) -> list[Int32Array]:
+        """Three pinned buffers, each large enough for any step."""
+        return [buffer.numpy() for buffer in self._host_buffers]
+
+    def launch(self, plan: StepPlan) -> CudaPendingStep | FailedStep:
+        """Enqueue a step; what goes wrong comes out of its `wait`."""
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                return self._launch(plan)
+        except torch.AcceleratorError as error:
+            return FailedStep(EngineDeadError(f"the GPU failed: {error}"))
+        except Exception as error:
+            return FailedStep(error)
+
+    def _launch(self, plan: StepPlan) -> CudaPendingStep:
+        header = Header(*plan.buffer[: len(Header._fields)].tolist())
+        host_buffer = torch.from_numpy(plan.buffer[: plan.used])
+        self._step.inputs.upload(host_buffer)
+        self._step.run(header)
+        tokens = self._step.inputs.last_token_ids[: header.num_rows]
+        if header.num_extras or header.max_logprobs >= 0:
+            result = self._draw_again(header, host_buffer, tokens)
+        else:
+            drawn = self._drawn[plan.step_id % NUM_STEP_BUFFERS][: header.num_rows]
+            result = StepResult(drawn.copy_(tokens, non_blocking=True).numpy())
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return CudaPendingStep(done, result)
+
+    def _draw_again(self, header: Header, host_buffer: torch.Tensor, tokens: torch.Tensor) -> StepResult:
+        """Replace the drawn tokens by ones drawn with penalties and bans, and find the log probabilities."""
+        inputs = self._step.inputs
+        sampled = self._sampler(
+            self._step.logits[: header.num_rows],
+            inputs.packed,
+            header,
+            inputs.token_ids[: header.num_tokens],
+            host_buffer,
+        )
+        tokens.copy_(sampled.token_ids)
+        return _to_host(sampled)
+
+    def shutdown(self) -> None:
+        """Finish what was launched. The memory goes with the executor."""
+        self._stream.synchronize()
+
+
+def _to_host(sampled: SampledTokens) -> StepResult:
+    """Enqueue the copies of a step's draws to pinned memory."""
+
+    def copy(tensor: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True).numpy()
+
+    if sampled.chosen_logprobs is None:
+        return StepResult(copy(sampled.token_ids))
+    assert sampled.chosen_ranks is not None and sampled.top_logprobs is not None and sampled.top_token_ids is not None
+    return StepResult(
+        copy(sampled.token_ids),
+        copy(sampled.chosen_logprobs),
+        copy(sampled.chosen_ranks),
+        copy(sampled.top_logprobs),
+        copy(sampled.top_token_ids),
+    )
+
+
+def _check_kernels_serve(model_config: ModelConfig, block_size: int) -> None:
+    if model_config.head_dim not in HEAD_DIMS:
+        sizes = ", ".join(map(str, HEAD_DIMS))
+        raise ConfigError(f"head_dim must be one of {sizes} on a GPU; the model has {model_config.head_dim}")
+    if block_size < MIN_BLOCK_SIZE:
+        raise ConfigError(f"block_size must be at least {MIN_BLOCK_SIZE} on a GPU, got {block_size}")

@@ -1,0 +1,125 @@
+"""One step on a GPU: its inputs at fixed addresses, the forward pass and the draw, captured in graphs where they recur."""
+
+from __future__ import annotations
+
+import torch
+
+from pagedcore import ops
+from pagedcore.engine.step_plan import NUM_SAMPLING_COLUMNS, Header, StepLayout
+from pagedcore.execution.kv_cache import KVCache
+from pagedcore.layers.activations import ActivationBuffers
+from pagedcore.layers.attention import AttentionInputs
+from pagedcore.models.llama import LlamaForCausalLM
+
+
+class CudaInputs:
+    """Where the kernels find a step's inputs, at the same addresses for all steps of equal shape.
+
+    `packed` is the buffer as it came from the host; `unpack` spreads what does not lie at a fixed place in it. The tokens
+    that a step draws stay here, for the next step to take its input ids from.
+    """
+
+    def __init__(self, size: int, max_tokens: int, max_rows: int, table_width: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.packed = zeros(size)
+        self.token_ids = zeros(max_tokens)
+        self.block_tables = zeros(max_rows, table_width)
+        self.sampling = zeros(max_rows, NUM_SAMPLING_COLUMNS)
+        self.last_token_ids = zeros(max_rows)
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.packed, self.token_ids, self.block_tables, self.sampling, self.last_token_ids)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def upload(self, buffer: torch.Tensor) -> None:
+        """Enqueue the one copy of a step's packed buffer (int32, pinned), which must stay as it is until the step is done."""
+        self.packed[: len(buffer)].copy_(buffer, non_blocking=True)
+
+    def unpack(self, num_tokens: int, num_rows: int) -> None:
+        ops.unpack_step(
+            self.packed, self.last_token_ids, self.token_ids, self.block_tables, self.sampling, num_tokens, num_rows
+        )
+
+    def copies(self, header: Header) -> torch.Tensor:
+        """[num_copies, 2] int32: source block, destination block."""
+        begin = StepLayout(header.num_tokens, header.num_rows, header.table_width).copies
+        return self.packed[begin : begin + 2 * header.num_copies].view(-1, 2)
+
+    def attention(
+        self, num_tokens: int, num_rows: int, max_query_len: int, workspace: torch.Tensor
+    ) -> tuple[AttentionInputs, torch.Tensor]:
+        """What attention reads, and the index of each row's last token + 1, [num_rows] int32."""
+        layout = StepLayout(
+            num_tokens, num_rows, 0
+        )  # these sections lie before the tables: their width does not matter
+        query_start_loc = self.packed[layout.query_start_loc : layout.seq_lens]
+        inputs = AttentionInputs(
+            positions=self.packed[layout.positions : layout.slot_mapping],
+            slot_mapping=self.packed[layout.slot_mapping : layout.query_start_loc],
+            query_start_loc=query_start_loc,
+            seq_lens=self.packed[layout.seq_lens : layout.seq_lens + num_rows],
+            block_tables=self.block_tables[:num_rows],
+            max_query_len=max_query_len,
+            workspace=workspace,
+        )
+        return inputs, query_start_loc[1:]
+
+
+class CudaStep:
+    """Runs steps on the current stream. Enqueues only: it never waits for the device."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        kv_cache: KVCache,
+        buffers: ActivationBuffers,
+        inputs: CudaInputs,
+        workspace: torch.Tensor,
+    ) -> None:
+        """workspace: uint8, zeros, as `ops.paged_attention` wants it."""
+        self.inputs = inputs
+        self.logits = buffers.logits
+        self._model = model
+        self._kv_cache = kv_cache
+        self._buffers = buffers
+        self._workspace = workspace
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def run(self, header: Header) -> None:
+        """Compute the uploaded step: logits of each row's last token, and `inputs.last_token_ids`."""
+        if header.num_copies:
+            # Before anything is written: the copies are of blocks as the step before left them.
+            ops.copy_blocks(self._kv_cache.tensor, self.inputs.copies(header))
+        is_decode = header.max_query_len == 1 and header.num_tokens == header.num_rows
+        graph = self._graphs.get(header.num_rows) if is_decode else None
+        if graph is not None:
+            graph.replay()
+        else:
+            self.forward(header.num_tokens, header.num_rows, header.max_query_len)
+
+    def capture(self, sizes: tuple[int, ...], stream: torch.cuda.Stream) -> None:
+        """Capture decode steps of these numbers of rows, the largest first, so that the others fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for num_rows in sorted(sizes, reverse=True):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self.forward(num_rows, num_rows, 1)
+            self._graphs[num_rows] = graph
+
+    def forward(self, num_tokens: int, num_rows: int, max_query_len: int) -> None:
+        """From the packed buffer to the drawn tokens. The arguments alone decide what is launched, and on which addresses."""
+        inputs, buffers = self.inputs, self._buffers
+        inputs.unpack(num_tokens, num_rows)
+        attention, ends = inputs.attention(num_tokens, num_rows, max_query_len, self._workspace)
+        self._model.embed(inputs.token_ids[:num_tokens], buffers)
+        self._model(attention, self._kv_cache.layers, buffers.for_tokens(num_tokens))
+        if num_tokens == num_rows:
+            last = buffers.for_decode(num_rows)
+        else:
+            buffers.gather_last(ends - 1)
+            last = buffers.for_rows(num_rows)
+        self._model.head(last)
+        ops.sample(last.logits, inputs.sampling[:num_rows], inputs.last_token_ids[:num_rows])
