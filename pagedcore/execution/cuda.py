@@ -130,8 +130,8 @@ class CudaExecutor:
 
         # The largest step, on a cache of one block: what libraries allocate on first use is then allocated.
         self._step = CudaStep(model, KVCache(model_config, 1, block_size, placement), activations, inputs, workspace)
-        for num_rows, query_len in ((-(-max_tokens // max_model_len), min(max_tokens, max_model_len)), (max_rows, 1)):
-            self._run_padding(num_rows, query_len)
+        self._run_padding(max(max_tokens // max_model_len, 1), min(max_tokens, max_model_len))
+        self._run_padding(max_rows, 1)
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         plan = plan_gpu_memory(
             config,
@@ -148,15 +148,15 @@ class CudaExecutor:
         self.kv_cache_shape = KVCacheShape(plan.num_blocks, 0, block_size)
         self._step = CudaStep(model, kv_cache, activations, inputs, workspace)
         before, _ = torch.cuda.mem_get_info(self._device)
-        self._step.capture(self.decode_batch_sizes, self._stream)
+        pool = torch.cuda.graph_pool_handle()
+        for num_rows in reversed(self.decode_batch_sizes):
+            self._run_padding(num_rows, 1)
+            self._step.capture(num_rows, pool)
         after, _ = torch.cuda.mem_get_info(self._device)
         self.memory: MemoryPlan = plan.with_graphs(before - after)
 
     def _run_padding(self, num_rows: int, query_len: int) -> None:
         """Run a step of rows that write nothing and attend to block 0."""
-        num_tokens = num_rows * query_len
-        num_tokens = min(num_tokens, len(self._step.inputs.token_ids))
-        num_rows = num_tokens // query_len
         num_tokens = num_rows * query_len
         layout = StepLayout(num_tokens, num_rows, 0)
         packed = torch.zeros(layout.copies, dtype=torch.int32)

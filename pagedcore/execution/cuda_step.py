@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pagedcore import ops
@@ -100,14 +102,16 @@ class CudaStep:
         else:
             self.forward(header.num_tokens, header.num_rows, header.max_query_len)
 
-    def capture(self, sizes: tuple[int, ...], stream: torch.cuda.Stream) -> None:
-        """Capture decode steps of these numbers of rows, the largest first, so that the others fit into its memory."""
-        pool = torch.cuda.graph_pool_handle()
-        for num_rows in sorted(sizes, reverse=True):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self.forward(num_rows, num_rows, 1)
-            self._graphs[num_rows] = graph
+    def capture(self, num_rows: int, pool: Any) -> None:
+        """Capture the decode step of `num_rows` rows on the current stream; one like it must have run before.
+
+        pool: where graphs that never run at the same time share their memory; the largest is captured first.
+        """
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        self.forward(num_rows, num_rows, 1)
+        graph.capture_end()
+        self._graphs[num_rows] = graph
 
     def forward(self, num_tokens: int, num_rows: int, max_query_len: int) -> None:
         """From the packed buffer to the drawn tokens. The arguments alone decide what is launched, and on which addresses."""
