@@ -9,6 +9,7 @@ graph. "floor" is reading the weight once at the rate of a plain reduction over 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -42,8 +43,8 @@ def shape_rows(name: str, out_features: int, in_features: int, bytes_per_microse
     for num_tokens in ROWS:
         x = torch.randn(num_tokens, in_features, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(num_tokens, out_features, device="cuda", dtype=torch.bfloat16)
-        ours = microseconds([lambda weight=weight: ops.linear(x, weight, None, out) for weight in weights])  # type: ignore[misc]
-        torch_time = microseconds([lambda weight=weight: torch.mm(x, weight.t(), out=out) for weight in weights])  # type: ignore[misc]
+        ours = microseconds([partial(ops.linear, x, weight, None, out) for weight in weights])
+        torch_time = microseconds([partial(torch.mm, x, weight.t(), out=out) for weight in weights])
         for peer, peer_time in (("torch", torch_time), ("floor", num_bytes / bytes_per_microsecond)):
             figures.append(
                 report.row(f"{name}, {num_tokens} rows", ours, "us", peer, peer_time, higher_is_better=False)
