@@ -182,15 +182,20 @@ void bind_cpu(py::module_ module) {
 #ifdef PAGEDCORE_WITH_CUDA
 SkinnyLinear skinny_linear(Address y, Address x, Address weight, Address bias, I64 x_row_stride, I32 num_tokens,
                            I32 in_features, I32 out_features, I32 dtype, I32 y_dtype) {
-  return {at<void>(y), at<void>(x),  at<void>(weight), at<void>(bias), x_row_stride,
-          num_tokens,  in_features, out_features,      DType{dtype},   DType{y_dtype}};
+  return {at<void>(y), at<void>(x), at<void>(weight), at<void>(bias), x_row_stride,
+          num_tokens,  in_features, out_features,     DType{dtype},   DType{y_dtype}};
 }
 
 UnpackStep unpack_step(Address packed, Address last_token_ids, Address token_ids, Address block_tables,
                        Address sampling, I32 num_tokens, I32 num_rows, I32 table_stride) {
-  return {at<const int32_t>(packed), at<const int32_t>(last_token_ids), at<int32_t>(token_ids),
-          at<int32_t>(block_tables), at<int32_t>(sampling),             num_tokens,
-          num_rows,                  table_stride};
+  return {at<const int32_t>(packed),
+          at<const int32_t>(last_token_ids),
+          at<int32_t>(token_ids),
+          at<int32_t>(block_tables),
+          at<int32_t>(sampling),
+          num_tokens,
+          num_rows,
+          table_stride};
 }
 
 template <class Op, class... Args>

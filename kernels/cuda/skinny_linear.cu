@@ -1,9 +1,9 @@
 // y = x W^T for up to 16 rows of x. A decode step of a small batch reads every weight once and computes next to nothing
 // with it, so what counts is how many bytes are under way at any time.
 //
-// The product is W x^T on tensor cores, with 16 rows of W to a tile and 8 rows of x to its other side. A dot product may
-// be summed in any order, so k is permuted such that what a thread holds of an operand lies side by side: 16 bytes a
-// load, for W and x alike, and neither goes through shared memory. The warps of a thread block take turns along k and
+// The product is W x^T on tensor cores, with 16 rows of W to a tile and 8 rows of x to its other side. A dot product
+// may be summed in any order, so k is permuted such that what a thread holds of an operand lies side by side: 16 bytes
+// a load, for W and x alike, and neither goes through shared memory. The warps of a thread block take turns along k and
 // add up their sums in a fixed order at the end.
 //
 // A weight does not depend on the kernel before this one: the first loads are under way before that one has ended.
@@ -12,10 +12,10 @@
 namespace pagedcore::cuda {
 namespace {
 
-constexpr int kTileRows = 16;    // of W: m of mma.m16n8k16
-constexpr int kTileTokens = 8;   // of x: n
-constexpr int kChunk = 32;       // along k: two products' worth, 8 elements a thread
-constexpr int kInFlight = 4;     // chunks a warp loads ahead
+constexpr int kTileRows = 16;   // of W: m of mma.m16n8k16
+constexpr int kTileTokens = 8;  // of x: n
+constexpr int kChunk = 32;      // along k: two products' worth, 8 elements a thread
+constexpr int kInFlight = 4;    // chunks a warp loads ahead
 constexpr int kMaxTokens = 16;
 
 __device__ __forceinline__ uint4 load_once(const void* address) {
@@ -135,12 +135,11 @@ void skinny_linear(const SkinnyLinear& a, Stream stream) {
   if (a.num_tokens == 0) return;
   if (a.num_tokens > kMaxTokens || a.in_features % kChunk != 0 || a.out_features % kTileRows != 0 ||
       a.x_row_stride % 8 != 0) {
-    throw std::invalid_argument("skinny_linear: takes up to " + std::to_string(kMaxTokens) +
-                                " rows, in_features a multiple of " + std::to_string(kChunk) +
-                                ", out_features of " + std::to_string(kTileRows) + " and x's rows of 16 bytes, got " +
-                                std::to_string(a.num_tokens) + " rows " + std::to_string(a.x_row_stride) +
-                                " elements apart, " + std::to_string(a.in_features) + " and " +
-                                std::to_string(a.out_features));
+    throw std::invalid_argument(
+        "skinny_linear: takes up to " + std::to_string(kMaxTokens) + " rows, in_features a multiple of " +
+        std::to_string(kChunk) + ", out_features of " + std::to_string(kTileRows) + " and x's rows of 16 bytes, got " +
+        std::to_string(a.num_tokens) + " rows " + std::to_string(a.x_row_stride) + " elements apart, " +
+        std::to_string(a.in_features) + " and " + std::to_string(a.out_features));
   }
   switch (a.dtype) {
     case DType::kBFloat16:

@@ -130,7 +130,7 @@ class CudaExecutor:
 
         # The largest step, on a cache of one block: what libraries allocate on first use is then allocated.
         self._step = CudaStep(model, KVCache(model_config, 1, block_size, placement), activations, inputs, workspace)
-        self._run_padding(max(max_tokens // max_model_len, 1), min(max_tokens, max_model_len))
+        self._run_padding(min(max(max_tokens // max_model_len, 1), max_rows), min(max_tokens, max_model_len))
         self._run_padding(max_rows, 1)
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         plan = plan_gpu_memory(

@@ -12,7 +12,6 @@ from pagedcore.ops.border import DTYPE_CODES, addresses, fit, refuse, run
 from pagedcore.ops.cpu import request_huge_pages
 
 _CACHE_LINE = 64
-_MAX_SKINNY_ROWS = 16  # kernels/cuda/skinny_linear.cu
 
 
 class WeightArena:
@@ -102,11 +101,12 @@ def packed_linear(
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """y = x W^T (+ bias), accumulated in float32, on a GPU; for few rows by a kernel that reads the weight at memory speed.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, skinny: bool | None = None) -> Tensor:
+    """y = x W^T (+ bias), accumulated in float32, on a GPU: by a kernel of our own where that is faster than cuBLAS.
 
     x: [num_tokens, in_features], rows may be strided. weight: [out_features, in_features]. bias: [out_features].
-    out: [num_tokens, out_features], of x's dtype or, without a bias, float32. Returns out.
+    out: [num_tokens, out_features], of x's dtype or, without a bias, float32. skinny: whether to use our own kernel (up to 16
+    rows), whatever is faster. Returns out.
     """
     num_tokens, in_features = x.shape
     out_features, dtype = len(weight), x.dtype
@@ -128,11 +128,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tenso
             bias=bias,
             out=out,
         )
-    if (
-        num_tokens <= _MAX_SKINNY_ROWS
-        and dtype is not torch.float32
-        and _is_skinny(x.stride(0), in_features, out_features)
-    ):
+    if skinny is None:
+        skinny = dtype is not torch.float32 and _is_skinny(num_tokens, x.stride(0), in_features, out_features)
+    if skinny:
         sizes = (x.stride(0), num_tokens, in_features, out_features)
         codes = (DTYPE_CODES[dtype], DTYPE_CODES[out.dtype])
         run("skinny_linear", True, *addresses(out, x, weight, bias), *sizes, *codes)
@@ -145,5 +143,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tenso
     return out
 
 
-def _is_skinny(row_stride: int, in_features: int, out_features: int) -> bool:
-    return row_stride % 8 == 0 and in_features % 32 == 0 and out_features % 16 == 0
+def _is_skinny(num_tokens: int, row_stride: int, in_features: int, out_features: int) -> bool:
+    """Whether `skinny_linear` takes these sizes and was the faster one on an H100 (ADR 0007)."""
+    if row_stride % 8 or in_features % 32 or out_features % 16:
+        return False
+    if num_tokens <= 8:
+        return in_features * out_features <= 4096 * 4096
+    return num_tokens <= 16 and out_features <= 2048
