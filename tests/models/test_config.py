@@ -41,7 +41,7 @@ def read(folder: Path, changes: dict[str, Any], generation: dict[str, Any] | Non
 
 def test_absent_fields_are_derived(tmp_path: Path) -> None:
     config = read(tmp_path, {})
-    assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (4, 16, 1e-6)
+    assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (4, 16, 1e-6)
     assert (config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm) == (False, False, False, False)
     assert (config.tie_word_embeddings, config.dtype, config.eos_token_ids) == (False, "float32", ())
     assert config.rope.theta == 10000.0
