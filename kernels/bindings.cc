@@ -90,8 +90,8 @@ RMSNorm rms_norm(Address out, Address x, Address residual, Address weight, I32 n
 
 LayerNorm layer_norm(Address out, Address x, Address residual, Address weight, Address bias, I32 num_tokens,
                      I32 hidden_size, float eps, I32 dtype) {
-  return {at<void>(out), at<void>(x), at<void>(residual), at<void>(weight), at<void>(bias),
-          num_tokens,    hidden_size, eps,                DType{dtype}};
+  return {at<void>(out), at<void>(x), at<void>(residual), at<void>(weight), at<void>(bias), num_tokens,
+          hidden_size,   eps,         DType{dtype}};
 }
 
 SiluAndMul silu_and_mul(Address out, Address x, I32 num_tokens, I32 size, I32 dtype) {

@@ -29,10 +29,9 @@ __device__ __forceinline__ float reduce_block(float value, float (&warp_sums)[kW
 inline int norm_threads(const char* operation, int hidden_size) {
   const int row_vectors = hidden_size / kVector;
   if (hidden_size % kVector != 0 || row_vectors > kMaxVectors * kMaxNormThreads) {
-    throw std::invalid_argument("hidden_size: the CUDA " + std::string(operation) + " needs a multiple of " +
-                                std::to_string(kVector) + " up to " +
-                                std::to_string(kVector * kMaxVectors * kMaxNormThreads) + ", got " +
-                                std::to_string(hidden_size));
+    throw std::invalid_argument(
+        "hidden_size: the CUDA " + std::string(operation) + " needs a multiple of " + std::to_string(kVector) +
+        " up to " + std::to_string(kVector * kMaxVectors * kMaxNormThreads) + ", got " + std::to_string(hidden_size));
   }
   return min(ceil_div(row_vectors, kWarpSize) * kWarpSize, kMaxNormThreads);
 }

@@ -69,9 +69,7 @@ class Attention(nn.Module):
             yield from self.q_norm.weight_slots(f"{prefix}.q_norm")
             yield from self.k_norm.weight_slots(f"{prefix}.k_norm")
 
-    def forward(
-        self, x: torch.Tensor, inputs: AttentionInputs, cache: LayerKVCache, activations: Activations
-    ) -> None:
+    def forward(self, x: torch.Tensor, inputs: AttentionInputs, cache: LayerKVCache, activations: Activations) -> None:
         """x: [num_tokens, hidden_size] -> `activations.hidden`; writes the step's keys and values."""
         self.qkv_proj(x, activations.qkv)
         ops.rotary_write_kv(

@@ -11,7 +11,7 @@ from torch import nn
 from pagedcore.layers.activations import ActivationBuffers, Activations, LastActivations
 from pagedcore.layers.attention import AttentionInputs, LayerKVCache
 from pagedcore.layers.embedding import Embedding
-from pagedcore.layers.linear import Linear, LMHead, Placement, WeightSlot
+from pagedcore.layers.linear import Linear, LMHead, WeightSlot
 from pagedcore.models.config import ModelConfig
 
 

@@ -28,7 +28,7 @@ _OPT_SHAPE = {
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "max_position_embeddings": 256,
-    "init_std": 0.08,
+    "init_std": 0.15,
 }
 _LLAMA3 = {
     "rope_type": "llama3",
