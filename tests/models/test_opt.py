@@ -98,6 +98,23 @@ def test_greedy_tokens_equal_transformers_in_batches_and_chunks(variant: str, tm
     assert len({tuple(tokens) for tokens in expected}) == len(prompts), "the prompts are told apart"
 
 
+@pytest.mark.parametrize("variant", ["opt", "opt-350m"])
+def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(variant: str, tmp_path: Path) -> None:
+    reference = tiny.make(variant, tmp_path)
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    rng = random.Random(variant)
+    prompts = [[rng.randrange(tiny.VOCAB_SIZE) for _ in range(60)] for _ in range(16)]
+    # Both models with the same weights: those of bfloat16.
+    reference.load_state_dict({name: values.float() for name, values in half.state_dict().items()})
+    with torch.inference_mode():
+        exact, theirs = (m(torch.tensor(prompts)).logits[:, -1].float() for m in (reference, half))
+    model = PagedModel(tmp_path, torch.bfloat16)
+    rows = [model.add(prompt) for prompt in prompts]
+    model.logits(rows, [59] * len(rows))
+    ours = model.logits(rows, [1] * len(rows))
+    assert (ours - exact).abs().mean() <= 1.25 * (theirs - exact).abs().mean()
+
+
 def test_last_position_is_the_last_row_of_the_table(tmp_path: Path) -> None:
     reference = tiny.make("opt", tmp_path, max_position_embeddings=32)
     prompt = [(7 * i) % tiny.VOCAB_SIZE for i in range(32)]
