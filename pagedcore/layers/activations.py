@@ -97,8 +97,8 @@ class ActivationBuffers:
 
     def for_decode(self, num_rows: int) -> LastActivations:
         """As `for_rows`, for rows of one token each: their activations are where the layers left them."""
-        residual, normed, hidden = (tensor[:num_rows] for tensor in (self.residual, self._normed, self._hidden))
-        return LastActivations(residual, normed, hidden, self.logits[:num_rows])
+        residual, normed, hidden = (tensor[:num_rows] for tensor in (self.residual, self._normed, self.hidden))
+        return LastActivations(residual, normed, hidden, self._projected[:num_rows], self.logits[:num_rows])
 
     def for_rows(self, num_rows: int) -> LastActivations:
         """Views of the first `num_rows` rows."""
