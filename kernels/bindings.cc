@@ -88,7 +88,17 @@ RMSNorm rms_norm(Address out, Address x, Address residual, Address weight, I32 n
   return {at<void>(out), at<void>(x), at<void>(residual), at<void>(weight), num_tokens, hidden_size, eps, DType{dtype}};
 }
 
+LayerNorm layer_norm(Address out, Address x, Address residual, Address weight, Address bias, I32 num_tokens,
+                     I32 hidden_size, float eps, I32 dtype) {
+  return {at<void>(out), at<void>(x), at<void>(residual), at<void>(weight), at<void>(bias), num_tokens,
+          hidden_size,   eps,         DType{dtype}};
+}
+
 SiluAndMul silu_and_mul(Address out, Address x, I32 num_tokens, I32 size, I32 dtype) {
+  return {at<void>(out), at<void>(x), num_tokens, size, DType{dtype}};
+}
+
+Relu relu(Address out, Address x, I32 num_tokens, I32 size, I32 dtype) {
   return {at<void>(out), at<void>(x), num_tokens, size, DType{dtype}};
 }
 
@@ -158,7 +168,9 @@ void bind_cpu(py::module_ module) {
   bind(module, "paged_attention", paged_attention, cpu::paged_attention);
   bind(module, "copy_blocks", copy_blocks, cpu::copy_blocks);
   bind(module, "rms_norm", rms_norm, cpu::rms_norm);
+  bind(module, "layer_norm", layer_norm, cpu::layer_norm);
   bind(module, "silu_and_mul", silu_and_mul, cpu::silu_and_mul);
+  bind(module, "relu", relu, cpu::relu);
   bind(module, "sample", sample, cpu::sample);
   bind(module, "logprobs", logprobs, cpu::logprobs);
   bind(module, "packed_linear", packed_linear, cpu::packed_linear);
@@ -210,7 +222,9 @@ void bind_cuda(py::module_ module) {
   bind(module, "paged_attention", paged_attention, cuda::paged_attention);
   bind(module, "copy_blocks", copy_blocks, cuda::copy_blocks);
   bind(module, "rms_norm", rms_norm, cuda::rms_norm);
+  bind(module, "layer_norm", layer_norm, cuda::layer_norm);
   bind(module, "silu_and_mul", silu_and_mul, cuda::silu_and_mul);
+  bind(module, "relu", relu, cuda::relu);
   bind(module, "sample", sample, cuda::sample);
   bind(module, "logprobs", logprobs, cuda::logprobs);
   bind(module, "skinny_linear", skinny_linear, cuda::skinny_linear);

@@ -74,10 +74,31 @@ struct RMSNorm {
   DType dtype;
 };
 
+// residual += x (where there is a residual); out = (residual - mean(residual)) / deviation(residual) * weight + bias.
+// Rows are contiguous.
+struct LayerNorm {
+  void* out;           // [num_tokens, hidden_size]; may be the residual
+  const void* x;       // [num_tokens, hidden_size]
+  void* residual;      // [num_tokens, hidden_size], updated in place; null: normalize x itself
+  const void* weight;  // [hidden_size]
+  const void* bias;    // [hidden_size]
+  int32_t num_tokens, hidden_size;
+  float eps;
+  DType dtype;
+};
+
 // out = silu(gate) * up, where x holds [gate | up] in each row.
 struct SiluAndMul {
   void* out;      // [num_tokens, size]
   const void* x;  // [num_tokens, 2 * size]
+  int32_t num_tokens, size;
+  DType dtype;
+};
+
+// out = max(x, 0).
+struct Relu {
+  void* out;      // [num_tokens, size]; may be x
+  const void* x;  // [num_tokens, size]
   int32_t num_tokens, size;
   DType dtype;
 };
@@ -163,7 +184,9 @@ void rotary_write_kv(const RotaryWriteKV&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
 void rms_norm(const RMSNorm&);
+void layer_norm(const LayerNorm&);
 void silu_and_mul(const SiluAndMul&);
+void relu(const Relu&);
 void sample(const Sample&);
 void logprobs(const Logprobs&);
 int64_t packed_linear_bytes(int32_t out_features, int32_t in_features, DType dtype);
@@ -186,7 +209,9 @@ void paged_attention(const PagedAttention&, Stream);
 int64_t paged_attention_workspace_bytes(int32_t num_heads, int32_t num_kv_heads, int32_t head_dim);
 void copy_blocks(const CopyBlocks&, Stream);
 void rms_norm(const RMSNorm&, Stream);
+void layer_norm(const LayerNorm&, Stream);
 void silu_and_mul(const SiluAndMul&, Stream);
+void relu(const Relu&, Stream);
 void sample(const Sample&, Stream);
 void logprobs(const Logprobs&, Stream);
 void skinny_linear(const SkinnyLinear&, Stream);

@@ -59,6 +59,23 @@ def _byte_level_folder(root: Path) -> Path:
     return _write(root / "byte_level", backend, {"bos_token": "<s>", "eos_token": _END})
 
 
+def _opt_folder(root: Path) -> Path:
+    """As OPT's: GPT-2's byte-level BPE, `</s>` (id 2) both as BOS token and as EOS."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(_CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "unk_token": "</s>", "pad_token": "<pad>"}
+    folder = _write(root / "opt", backend, {"bos_token": "</s>", "eos_token": "</s>", **config})
+    # The class of the model decides which tokenizer transformers makes.
+    (folder / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    return folder
+
+
 def _byte_fallback_folder(root: Path) -> Path:
     """As Llama 2's: SentencePiece pieces with byte fallback, where decoding drops the first space."""
     backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -83,6 +100,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "smollm2": ensure_default_model(),
         "byte_level": _byte_level_folder(root),
         "byte_fallback": _byte_fallback_folder(root),
+        "opt": _opt_folder(root),
     }
 
 
@@ -91,7 +109,7 @@ def loaded(folders: dict[str, Path]) -> dict[str, Tokenizer]:
     return {name: load_tokenizer(folder) for name, folder in folders.items()}
 
 
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("name", [*_NAMES, "opt"])
 def test_encodes_and_decodes_as_transformers(folders: dict[str, Path], loaded: dict[str, Tokenizer], name: str) -> None:
     ours, theirs = loaded[name], AutoTokenizer.from_pretrained(folders[name])
     for text in _TEXTS:
@@ -104,6 +122,14 @@ def test_encodes_and_decodes_as_transformers(folders: dict[str, Path], loaded: d
     assert ours.vocab_size == len(theirs)
     for token_id in theirs.all_special_ids:
         assert ours.is_special(token_id)
+
+
+def test_prompts_of_opt_begin_with_its_end_of_sequence_token(loaded: dict[str, Tokenizer]) -> None:
+    tokenizer = loaded["opt"]
+    ids = tokenizer.encode("The quick brown fox")
+    assert (ids[0], tokenizer.eos_token_id) == (2, 2)
+    assert 2 not in ids[1:] + tokenizer.encode("The quick brown fox", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "The quick brown fox"
 
 
 def test_loading_imports_no_torch() -> None:

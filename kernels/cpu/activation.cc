@@ -21,12 +21,27 @@ SiluAndMulFunction silu_and_mul_function() {
   return run_silu_and_mul<VectorGeneric>;
 }
 
+ReluFunction relu_function() {
+#ifdef __x86_64__
+  if (isa() >= Isa::kAvx512Bf16) return relu_avx512_bf16;
+  if (isa() >= Isa::kAvx512) return relu_avx512;
+  if (isa() >= Isa::kAvx2) return relu_avx2;
+#endif
+  return run_relu<VectorGeneric>;
+}
+
+int64_t rows_per_piece(int64_t size) { return std::max<int64_t>(1, kMinPieceElements / size); }
+
 }  // namespace
 
 void silu_and_mul(const SiluAndMul& op) {
   const SiluAndMulFunction function = silu_and_mul_function();
-  parallel_for(op.num_tokens, std::max<int64_t>(1, kMinPieceElements / op.size),
-               [&](int64_t begin, int64_t end) { function(op, begin, end); });
+  parallel_for(op.num_tokens, rows_per_piece(op.size), [&](int64_t begin, int64_t end) { function(op, begin, end); });
+}
+
+void relu(const Relu& op) {
+  const ReluFunction function = relu_function();
+  parallel_for(op.num_tokens, rows_per_piece(op.size), [&](int64_t begin, int64_t end) { function(op, begin, end); });
 }
 
 }  // namespace pagedcore::cpu

@@ -1,4 +1,4 @@
-// silu(gate) * up, written once for all instruction sets.
+// silu(gate) * up and max(x, 0), written once for all instruction sets.
 #pragma once
 
 #include <limits>
@@ -50,6 +50,28 @@ void run_silu_and_mul(const SiluAndMul& op, int64_t begin, int64_t end) {
       return silu_and_mul_rows<V, BFloat16>(op, begin, end);
     case DType::kFloat16:
       return silu_and_mul_rows<V, Float16>(op, begin, end);
+  }
+}
+
+// Rows lie side by side: all of them are one.
+template <class V, class T>
+void relu_rows(const Relu& op, int64_t begin, int64_t end) {
+  const T* const x = static_cast<const T*>(op.x) + begin * op.size;
+  T* const out = static_cast<T*>(op.out) + begin * op.size;
+  for_each_part<V>((end - begin) * op.size, [&](RowPart<V> part) {
+    part.store(out, V::clamp(part.load(x), 0.0f, std::numeric_limits<float>::infinity()));
+  });
+}
+
+template <class V>
+void run_relu(const Relu& op, int64_t begin, int64_t end) {
+  switch (op.dtype) {
+    case DType::kFloat32:
+      return relu_rows<V, float>(op, begin, end);
+    case DType::kBFloat16:
+      return relu_rows<V, BFloat16>(op, begin, end);
+    case DType::kFloat16:
+      return relu_rows<V, Float16>(op, begin, end);
   }
 }
 

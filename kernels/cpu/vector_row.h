@@ -25,6 +25,13 @@ struct RowPart {
       V::store_first(row + offset, count, value);
     }
   }
+  // `value` with zero in the lanes beyond the row's end, so that a sum over all lanes is one over the row.
+  typename V::Reg zero_beyond(typename V::Reg value) const {
+    if (count == V::kWidth) return value;
+    float lanes[V::kWidth];
+    V::store(lanes, value);
+    return V::load_first(lanes, count);
+  }
 };
 
 template <class V, class Body>

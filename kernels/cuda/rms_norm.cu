@@ -1,22 +1,13 @@
 // RMSNorm with an optional residual addition before it (Zhang and Sennrich 2019, equation 4): one pass, a row to a
 // thread block.
-#include "common.cuh"
+#include "row_vector.cuh"
 
 namespace pagedcore::cuda {
 namespace {
 
-constexpr int kVector = 8;      // elements a thread holds at a time
-constexpr int kMaxVectors = 4;  // of them, for the widest rows
-constexpr int kMaxThreads = 512;
-
-template <typename T>
-struct alignas(sizeof(T) * kVector) Vector {
-  T values[kVector];
-};
-
 // `kVectors`: how many vectors of its row each thread keeps in registers between the two uses.
 template <typename T, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_constant__ RMSNorm a) {
+__global__ void __launch_bounds__(kMaxNormThreads) rms_norm_kernel(const __grid_constant__ RMSNorm a) {
   __shared__ float warp_sums[kWarpSize];
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -44,12 +35,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_cons
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sum += to_float(kept[v].values[i]) * to_float(kept[v].values[i]);
   }
-  sum = reduce_warp(sum, Add{});
-  if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = sum;
-  __syncthreads();
-  const int lane = threadIdx.x % kWarpSize;
-  sum = reduce_warp(lane < static_cast<int>(blockDim.x) / kWarpSize ? warp_sums[lane] : 0.f, Add{});
-  const float scale = rsqrtf(sum / a.hidden_size + a.eps);
+  const float scale = rsqrtf(reduce_block(sum, warp_sums) / a.hidden_size + a.eps);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int index = v * blockDim.x + threadIdx.x;
@@ -70,17 +56,11 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const __grid_cons
 
 void rms_norm(const RMSNorm& a, Stream stream) {
   if (a.num_tokens == 0) return;
-  const int row_vectors = a.hidden_size / kVector;
-  if (a.hidden_size % kVector != 0 || row_vectors > kMaxVectors * kMaxThreads) {
-    throw std::invalid_argument("hidden_size: the CUDA rms_norm needs a multiple of " + std::to_string(kVector) +
-                                " up to " + std::to_string(kVector * kMaxVectors * kMaxThreads) + ", got " +
-                                std::to_string(a.hidden_size));
-  }
-  const int threads = min(ceil_div(row_vectors, kWarpSize) * kWarpSize, kMaxThreads);
+  const int threads = norm_threads("rms_norm", a.hidden_size);
   dispatch_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(row_vectors <= threads ? rms_norm_kernel<T, 1> : rms_norm_kernel<T, kMaxVectors>, a.num_tokens, threads, 0,
-           stream, a);
+    launch(a.hidden_size <= threads * kVector ? rms_norm_kernel<T, 1> : rms_norm_kernel<T, kMaxVectors>, a.num_tokens,
+           threads, 0, stream, a);
   });
 }
 

@@ -1,16 +1,10 @@
 // SwiGLU's elementwise part (Shazeer 2020, equation 6): silu(gate) * up.
-#include "common.cuh"
+#include "row_vector.cuh"
 
 namespace pagedcore::cuda {
 namespace {
 
-constexpr int kVector = 8;
 constexpr int kThreads = 256;
-
-template <typename T>
-struct alignas(sizeof(T) * kVector) Vector {
-  T values[kVector];
-};
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(const __grid_constant__ SiluAndMul a) {

@@ -27,11 +27,16 @@ class BatchInputs:
         """Whether every row computes one token, so that the step's shape is its number of rows."""
         return self.header.max_query_len == 1 and self.header.num_tokens == self.header.num_rows
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """[num_tokens] int32."""
+        return self.packed[self.layout.positions : self.layout.slot_mapping]
+
     def attention(self) -> AttentionInputs:
         """What attention reads: the same addresses for every step of equal shape."""
         packed, layout = self.packed, self.layout
         return AttentionInputs(
-            positions=packed[layout.positions : layout.slot_mapping],
+            positions=self.positions,
             slot_mapping=packed[layout.slot_mapping : layout.query_start_loc],
             query_start_loc=packed[layout.query_start_loc : layout.seq_lens],
             seq_lens=packed[layout.seq_lens : layout.block_tables],

@@ -11,7 +11,7 @@ from pagedcore.engine.step_plan import NUM_SAMPLING_COLUMNS, Header, StepLayout
 from pagedcore.execution.kv_cache import KVCache
 from pagedcore.layers.activations import ActivationBuffers
 from pagedcore.layers.attention import AttentionInputs
-from pagedcore.models.llama import LlamaForCausalLM
+from pagedcore.models.causal_lm import CausalLM
 
 
 class CudaInputs:
@@ -75,7 +75,7 @@ class CudaStep:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         kv_cache: KVCache,
         buffers: ActivationBuffers,
         inputs: CudaInputs,
@@ -118,7 +118,7 @@ class CudaStep:
         inputs, buffers = self.inputs, self._buffers
         inputs.unpack(num_tokens, num_rows)
         attention, ends = inputs.attention(num_tokens, num_rows, max_query_len, self._workspace)
-        self._model.embed(inputs.token_ids[:num_tokens], buffers)
+        self._model.embed(inputs.token_ids[:num_tokens], attention.positions, buffers)
         self._model(attention, self._kv_cache.layers, buffers.for_tokens(num_tokens))
         if num_tokens == num_rows:
             last = buffers.for_decode(num_rows)

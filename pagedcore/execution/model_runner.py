@@ -11,14 +11,14 @@ from pagedcore.execution.batch import BatchInputs
 from pagedcore.execution.cpu_graphs import CpuGraphs
 from pagedcore.execution.kv_cache import KVCache
 from pagedcore.layers.activations import ActivationBuffers
-from pagedcore.models.llama import LlamaForCausalLM
+from pagedcore.models.causal_lm import CausalLM
 
 
 class ModelRunner:
     """Turns a batch into logits. Keeps nothing from one step to the next but the KV cache and graphs of recurring steps."""
 
     def __init__(
-        self, model: LlamaForCausalLM, kv_cache: KVCache, buffers: ActivationBuffers, enforce_eager: bool = False
+        self, model: CausalLM, kv_cache: KVCache, buffers: ActivationBuffers, enforce_eager: bool = False
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -35,7 +35,7 @@ class ModelRunner:
         if batch.header.num_copies:
             # Before anything is written: the copies are of blocks as the step before left them.
             ops.copy_blocks(self._kv_cache.tensor, batch.copies())
-        self._model.embed(batch.token_ids, self._buffers)
+        self._model.embed(batch.token_ids, batch.positions, self._buffers)
         on_start()
         self._graphs.run(
             ("layers", num_tokens) if batch.is_decode else None,

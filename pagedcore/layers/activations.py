@@ -21,7 +21,7 @@ class Activations:
     queries: torch.Tensor  # [num_tokens, num_heads, head_dim], inside qkv
     context: torch.Tensor  # [num_tokens, num_heads, head_dim]
     context_rows: torch.Tensor  # [num_tokens, num_heads * head_dim], the same memory as context
-    gate_up: torch.Tensor  # [num_tokens, 2 * intermediate_size]
+    gate_up: torch.Tensor  # [num_tokens, 2 * intermediate_size]; without columns where the MLP has no gate
     mlp: torch.Tensor  # [num_tokens, intermediate_size]
 
 
@@ -32,13 +32,16 @@ class LastActivations:
     residual: torch.Tensor  # [num_rows, hidden_size]
     normed: torch.Tensor  # [num_rows, hidden_size]
     hidden: torch.Tensor  # [num_rows, hidden_size]
+    projected: torch.Tensor  # [num_rows, word_embed_proj_dim]; without columns where that is hidden_size
     logits: torch.Tensor  # [num_rows, vocab_size] float32
 
 
 class ActivationBuffers:
     """Owns the memory of `Activations` for up to `max_tokens` tokens and of `LastActivations` for up to `max_rows` rows.
 
-    Sizes are one tensor-parallel rank's share; hidden states and logits are whole on every rank.
+    Sizes are one tensor-parallel rank's share; hidden states and logits are whole on every rank. `residual`, `hidden`
+    [max_tokens, hidden_size] and `embedded` [max_tokens, word_embed_proj_dim] (without columns where that is hidden_size)
+    are what a model embeds its tokens in.
     """
 
     def __init__(self, config: ModelConfig, max_tokens: int, max_rows: int, placement: Placement) -> None:
@@ -51,19 +54,23 @@ class ActivationBuffers:
         def buffer(rows: int, size: int) -> torch.Tensor:
             return torch.empty(rows, size, dtype=placement.dtype, device=placement.device)
 
-        self.residual, self._normed, self._hidden = (buffer(max_tokens, config.hidden_size) for _ in range(3))
+        self.residual, self._normed, self.hidden = (buffer(max_tokens, config.hidden_size) for _ in range(3))
         self._qkv = buffer(max_tokens, query_size + 2 * kv_size)
         self._context = buffer(max_tokens, query_size)
-        self._gate_up = buffer(max_tokens, 2 * intermediate_size)
+        self._gate_up = buffer(max_tokens, 2 * intermediate_size if config.gated_mlp else 0)
         self._mlp = buffer(max_tokens, intermediate_size)
+        projected_size = 0 if config.word_embed_proj_dim == config.hidden_size else config.word_embed_proj_dim
+        self.embedded = buffer(max_tokens, projected_size)
         self._last = [buffer(max_rows, config.hidden_size) for _ in range(3)]
+        self._projected = buffer(max_rows, projected_size)
         self.logits = torch.empty(max_rows, config.vocab_size, dtype=torch.float32, device=placement.device)
         self.max_tokens = max_tokens
 
     @property
     def num_bytes(self) -> int:
-        token_rows = (self.residual, self._normed, self._hidden, self._qkv, self._context, self._gate_up, self._mlp)
-        return sum(tensor.nbytes for tensor in (*token_rows, *self._last, self.logits))
+        token_rows = (self.residual, self._normed, self.hidden, self._qkv, self._context, self._gate_up, self._mlp)
+        last_rows = (*self._last, self._projected, self.logits)
+        return sum(tensor.nbytes for tensor in (*token_rows, self.embedded, *last_rows))
 
     def for_tokens(self, num_tokens: int) -> Activations:
         """Views of the first `num_tokens` rows."""
@@ -73,7 +80,7 @@ class ActivationBuffers:
         return Activations(
             residual=self.residual[:num_tokens],
             normed=self._normed[:num_tokens],
-            hidden=self._hidden[:num_tokens],
+            hidden=self.hidden[:num_tokens],
             qkv=qkv,
             queries=qkv[:, : context_rows.shape[1]].view(heads),
             context=context_rows.view(heads),
@@ -85,15 +92,15 @@ class ActivationBuffers:
     def gather_last(self, positions: torch.Tensor) -> None:
         """Copy residual and hidden state of the tokens at `positions` [num_rows] int32 to those of `LastActivations`."""
         num_rows = len(positions)
-        for source, last in ((self.residual, self._last[0]), (self._hidden, self._last[2])):
+        for source, last in ((self.residual, self._last[0]), (self.hidden, self._last[2])):
             torch.index_select(source, 0, positions, out=last[:num_rows])
 
     def for_decode(self, num_rows: int) -> LastActivations:
         """As `for_rows`, for rows of one token each: their activations are where the layers left them."""
-        residual, normed, hidden = (tensor[:num_rows] for tensor in (self.residual, self._normed, self._hidden))
-        return LastActivations(residual, normed, hidden, self.logits[:num_rows])
+        residual, normed, hidden = (tensor[:num_rows] for tensor in (self.residual, self._normed, self.hidden))
+        return LastActivations(residual, normed, hidden, self._projected[:num_rows], self.logits[:num_rows])
 
     def for_rows(self, num_rows: int) -> LastActivations:
         """Views of the first `num_rows` rows."""
         residual, normed, hidden = (tensor[:num_rows] for tensor in self._last)
-        return LastActivations(residual, normed, hidden, self.logits[:num_rows])
+        return LastActivations(residual, normed, hidden, self._projected[:num_rows], self.logits[:num_rows])

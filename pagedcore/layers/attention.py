@@ -40,9 +40,12 @@ class AttentionInputs:
 
 
 class Attention(nn.Module):
-    """Projections, rotary embedding, cache write and attention of one layer."""
+    """Projections, rotary embedding, cache write and attention of one layer.
 
-    def __init__(self, config: ModelConfig, cos_sin: torch.Tensor, placement: Placement) -> None:
+    `cos_sin`: the rotary table, None in a model whose positions are embedded with its tokens.
+    """
+
+    def __init__(self, config: ModelConfig, cos_sin: torch.Tensor | None, placement: Placement) -> None:
         super().__init__()
         head_dim = config.head_dim
         self.qkv_proj = QKVLinear(
@@ -54,20 +57,21 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
         self.cos_sin = cos_sin
-        self.norm_eps = config.rms_norm_eps
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, placement) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, placement) if config.qk_norm else None
+        self.norm_eps = config.norm_eps
+        self.q_norm = RMSNorm(head_dim, config.norm_eps, placement) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.norm_eps, placement) if config.qk_norm else None
 
-    def weight_slots(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+    def weight_slots(self, prefix: str, output_name: str = "o_proj") -> Iterator[tuple[str, WeightSlot]]:
+        """`output_name`: what the checkpoint calls the output projection."""
         yield from self.qkv_proj.weight_slots(prefix)
-        yield from self.o_proj.weight_slots(f"{prefix}.o_proj")
+        yield from self.o_proj.weight_slots(f"{prefix}.{output_name}")
         if self.q_norm is not None and self.k_norm is not None:
             yield from self.q_norm.weight_slots(f"{prefix}.q_norm")
             yield from self.k_norm.weight_slots(f"{prefix}.k_norm")
 
-    def forward(self, inputs: AttentionInputs, cache: LayerKVCache, activations: Activations) -> None:
-        """`activations.normed` -> `activations.hidden`; writes the step's keys and values."""
-        self.qkv_proj(activations.normed, activations.qkv)
+    def forward(self, x: torch.Tensor, inputs: AttentionInputs, cache: LayerKVCache, activations: Activations) -> None:
+        """x: [num_tokens, hidden_size] -> `activations.hidden`; writes the step's keys and values."""
+        self.qkv_proj(x, activations.qkv)
         ops.rotary_write_kv(
             activations.qkv,
             self.cos_sin,

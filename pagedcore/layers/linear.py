@@ -76,7 +76,7 @@ class Placement:
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b) for this rank's share of W.
+    """y = x W^T (+ b), whole on every rank; the classes derived from it hold this rank's share of W.
 
     Owns the weight: row-major while loading, then laid out for the processor.
     """
@@ -100,6 +100,11 @@ class Linear(nn.Module):
             return ops.packed_linear(x, self.packed, self.bias, out.dtype, out)
         assert self.weight is not None
         return ops.linear(x, self.weight, self.bias, out)
+
+    def weight_slots(self, name: str) -> Iterator[tuple[str, WeightSlot]]:
+        """The checkpoint's tensor names and where each goes."""
+        assert self.weight is not None
+        return self._slots(name, slice(None), self.weight.shape[0], 0)
 
     def _slots(self, name: str, rows: slice, full_rows: int, start: int) -> Iterator[tuple[str, WeightSlot]]:
         """Slots of weight and bias of one checkpoint layer that fills `rows` of this one."""

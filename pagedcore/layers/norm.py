@@ -1,4 +1,4 @@
-"""Root-mean-square normalization."""
+"""Normalization of the hidden states."""
 
 from __future__ import annotations
 
@@ -25,3 +25,21 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
         """x, residual, out: [num_tokens, size]. With a residual: residual += x, out = norm(residual)."""
         return ops.rms_norm(x, self.weight, self.eps, residual, out)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / deviation(x) * weight + bias (Ba et al., equation 4), with the residual addition before it fused in."""
+
+    def __init__(self, size: int, eps: float, placement: Placement) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = placement.empty(size)
+        self.bias = placement.empty(size)
+
+    def weight_slots(self, name: str) -> Iterator[tuple[str, WeightSlot]]:
+        yield f"{name}.weight", WeightSlot(self.weight, tuple(self.weight.shape))
+        yield f"{name}.bias", WeightSlot(self.bias, tuple(self.bias.shape))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+        """x, residual, out: [num_tokens, size]. With a residual: residual += x, out = norm(residual); out may be it."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, residual, out)

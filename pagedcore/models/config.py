@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pagedcore.errors import ConfigError
+from pagedcore.models.config_fields import Fields, read_json
 
 HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 16, 256  # what the attention kernels are made for
 MAX_EOS_TOKEN_IDS = 64
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+OPT = "OPTForCausalLM"
+OPT_NORM_EPS = 1e-5  # no field of its config.json
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ArchitectureTraits:
-    """Where an architecture differs from Llama. `None`: its config.json says."""
+    """Where a relative of Llama differs from it. `None`: its config.json says."""
 
     qkv_bias: bool | None
     output_bias: bool | None
@@ -49,7 +51,7 @@ class ArchitectureTraits:
     windowed_only_if_used: bool = False  # sliding_window counts only with use_sliding_window
 
 
-ARCHITECTURES = {
+LLAMA_FAMILY = {
     "LlamaForCausalLM": ArchitectureTraits(qkv_bias=None, output_bias=None, mlp_bias=None),
     "Qwen2ForCausalLM": ArchitectureTraits(
         qkv_bias=True,
@@ -68,6 +70,7 @@ ARCHITECTURES = {
         windowed_only_if_used=True,
     ),
 }
+ARCHITECTURES = (*LLAMA_FAMILY, OPT)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ class ModelConfig:
     """Shape and variant of a decoder-only model.
 
     `dtype` is the checkpoint's: "float32", "bfloat16" or "float16". `eos_token_ids` joins those of config.json and of
-    generation_config.json.
+    generation_config.json. `rope` is None where positions are learned embeddings. Where `word_embed_proj_dim` is not
+    hidden_size, token embeddings of that size are projected to and from the hidden states. Without `norm_before`, norms
+    come behind attention and MLP and the residual addition, not before them.
     """
 
     architecture: str
@@ -87,13 +92,16 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope: RopeConfig
+    norm_eps: float
+    rope: RopeConfig | None
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    gated_mlp: bool
+    norm_before: bool
+    word_embed_proj_dim: int
     dtype: str
     eos_token_ids: tuple[int, ...]
 
@@ -108,39 +116,38 @@ class ModelConfig:
         if not folder.is_dir():
             raise ConfigError(f"model must be the path of a Hugging Face model folder; {str(folder)!r} is not a folder")
         source, generation = folder / "config.json", folder / "generation_config.json"
-        eos = _read_json(generation) if generation.exists() else {}
-        return cls.from_values(_read_json(source), eos, str(source))
+        eos = read_json(generation) if generation.exists() else {}
+        return cls.from_values(read_json(source), eos, str(source))
 
     @classmethod
     def from_values(
         cls, values: Mapping[str, Any], generation: Mapping[str, Any] | None = None, source: str = "config.json"
     ) -> ModelConfig:
         """Build from the parsed files. Raises ConfigError naming field and value."""
-        fields = _Fields(values, source)
+        fields = Fields(values, source)
         architecture = _architecture(fields)
-        traits = ARCHITECTURES[architecture]
-        _refuse_unsupported(fields, traits)
+        _refuse_unsupported(fields)
+        eos_token_ids = _eos_token_ids(fields, Fields(generation or {}, "generation_config.json"))
+        if architecture == OPT:
+            return cls._from_opt(fields, eos_token_ids)
+        return cls._from_llama_family(architecture, fields, eos_token_ids)
+
+    @classmethod
+    def _from_llama_family(cls, architecture: str, fields: Fields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
+        traits = LLAMA_FAMILY[architecture]
+        _refuse_unsupported_of_llama(fields, traits)
         hidden_size = fields.integer("hidden_size")
         num_heads = fields.integer("num_attention_heads")
         num_kv_heads = fields.integer("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise fields.error("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
         head_dim = fields.integer("head_dim", traits.default_head_dim or hidden_size // num_heads)
-        if head_dim % HEAD_DIM_MULTIPLE or head_dim > MAX_HEAD_DIM:
-            allowed = f"a multiple of {HEAD_DIM_MULTIPLE}, at most {MAX_HEAD_DIM}"
-            raise fields.error("head_dim", f"must be {allowed}, as the attention kernels take it, is {head_dim}")
+        _check_head_dim(fields, "head_dim", head_dim)
         max_position_embeddings = fields.integer("max_position_embeddings", traits.default_max_position_embeddings)
         attention_bias = fields.boolean("attention_bias", False)
-        eos = fields.token_ids("eos_token_id")
-        eos += _Fields(generation or {}, "generation_config.json").token_ids("eos_token_id")
-        vocab_size = fields.integer("vocab_size")
-        # Some models list ids that their logits do not reach; they can never be drawn.
-        eos_token_ids = tuple(token_id for token_id in dict.fromkeys(eos) if token_id < vocab_size)
-        if len(eos_token_ids) > MAX_EOS_TOKEN_IDS:
-            raise fields.error("eos_token_id", f"must be at most {MAX_EOS_TOKEN_IDS} ids, are {len(eos_token_ids)}")
         return cls(
             architecture=architecture,
-            vocab_size=vocab_size,
+            vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=fields.integer("num_hidden_layers"),
@@ -148,13 +155,50 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             max_position_embeddings=max_position_embeddings,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope=_rope(fields, max_position_embeddings),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             qkv_bias=attention_bias if traits.qkv_bias is None else traits.qkv_bias,
             output_bias=attention_bias if traits.output_bias is None else traits.output_bias,
             mlp_bias=fields.boolean("mlp_bias", False) if traits.mlp_bias is None else traits.mlp_bias,
             qk_norm=traits.qk_norm,
+            gated_mlp=True,
+            norm_before=True,
+            word_embed_proj_dim=hidden_size,
+            dtype=_dtype(fields),
+            eos_token_ids=eos_token_ids,
+        )
+
+    @classmethod
+    def _from_opt(cls, fields: Fields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
+        _refuse_unsupported_of_opt(fields)
+        hidden_size = fields.integer("hidden_size")
+        num_heads = fields.integer("num_attention_heads")
+        if hidden_size % num_heads:
+            raise fields.error("num_attention_heads", f"must divide hidden_size ({hidden_size})")
+        head_dim = hidden_size // num_heads
+        _check_head_dim(fields, "num_attention_heads", head_dim)
+        bias = fields.boolean("enable_bias", True)
+        return cls(
+            architecture=OPT,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("ffn_dim"),
+            num_layers=fields.integer("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_dim=head_dim,
+            max_position_embeddings=fields.integer("max_position_embeddings", 2048),
+            norm_eps=OPT_NORM_EPS,
+            rope=None,
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
+            qkv_bias=bias,
+            output_bias=bias,
+            mlp_bias=bias,
+            qk_norm=False,
+            gated_mlp=False,
+            norm_before=fields.boolean("do_layer_norm_before", True),
+            word_embed_proj_dim=fields.integer("word_embed_proj_dim", hidden_size),
             dtype=_dtype(fields),
             eos_token_ids=eos_token_ids,
         )
@@ -165,6 +209,8 @@ class ModelConfig:
 
         Linear and YaRN scaling stretch the trained context by `factor`, unless max_position_embeddings says so already.
         """
+        if self.rope is None:
+            return self.max_position_embeddings
         if self.rope.rope_type == "linear":
             return int(self.max_position_embeddings * self.rope.factor)
         if self.rope.rope_type == "yarn":
@@ -172,73 +218,7 @@ class ModelConfig:
         return self.max_position_embeddings
 
 
-class _Fields:
-    """Typed access to the values of one JSON file; every refusal names file, field and value."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self._values = values
-        self._source = source
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value, or `default` where it is absent or null."""
-        value = self._values.get(name)
-        return default if value is None else value
-
-    def error(self, name: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self._source}: {name} {problem}, got {self._values.get(name)!r}")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(name, "must be an integer at least 1")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
-            raise self.error(name, "must be a number above 0")
-        return float(value)
-
-    def optional_number(self, name: str) -> float | None:
-        return None if self.get(name) is None else self.number(name)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise self.error(name, "must be true or false")
-        return value
-
-    def token_ids(self, name: str) -> list[int]:
-        """One id, a list of ids, or null."""
-        value = self.get(name, [])
-        ids = value if isinstance(value, list) else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in ids):
-            raise self.error(name, "must be a token id or a list of them")
-        return ids
-
-    def section(self, name: str) -> _Fields | None:
-        """A nested object, or None where it is absent or null."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.error(name, "must be an object")
-        return _Fields(value, f"{self._source}: {name}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: model must be the path of a Hugging Face model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a JSON object, holds a {type(values).__name__}")
-    return values
-
-
-def _architecture(fields: _Fields) -> str:
+def _architecture(fields: Fields) -> str:
     names = fields.get("architectures", [])
     if isinstance(names, list):
         for name in names:
@@ -247,7 +227,30 @@ def _architecture(fields: _Fields) -> str:
     raise fields.error("architectures", f"must name one of {', '.join(ARCHITECTURES)}")
 
 
-def _refuse_unsupported(fields: _Fields, traits: ArchitectureTraits) -> None:
+def _eos_token_ids(fields: Fields, generation: Fields) -> tuple[int, ...]:
+    """Those of both files, without those that the logits do not reach: some models list them, none can be drawn."""
+    vocab_size = fields.integer("vocab_size")
+    ids = fields.token_ids("eos_token_id") + generation.token_ids("eos_token_id")
+    eos_token_ids = tuple(token_id for token_id in dict.fromkeys(ids) if token_id < vocab_size)
+    if len(eos_token_ids) > MAX_EOS_TOKEN_IDS:
+        raise fields.error("eos_token_id", f"must be at most {MAX_EOS_TOKEN_IDS} ids, are {len(eos_token_ids)}")
+    return eos_token_ids
+
+
+def _check_head_dim(fields: Fields, field: str, head_dim: int) -> None:
+    """`field` is the one that decides it."""
+    if head_dim % HEAD_DIM_MULTIPLE or head_dim > MAX_HEAD_DIM:
+        allowed = f"a multiple of {HEAD_DIM_MULTIPLE}, at most {MAX_HEAD_DIM}"
+        subject = "must be" if field == "head_dim" else "must give a head_dim that is"
+        raise fields.error(field, f"{subject} {allowed}, as the attention kernels take it, is {head_dim}")
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    if fields.get("quantization_config") is not None:
+        raise fields.error("quantization_config", "is not supported: give the unquantized weights")
+
+
+def _refuse_unsupported_of_llama(fields: Fields, traits: ArchitectureTraits) -> None:
     if fields.get("hidden_act", "silu") != "silu":
         raise fields.error("hidden_act", "must be 'silu'")
     windowed = fields.get("use_sliding_window", False) if traits.windowed_only_if_used else True
@@ -256,13 +259,21 @@ def _refuse_unsupported(fields: _Fields, traits: ArchitectureTraits) -> None:
     layer_types = fields.get("layer_types", [])
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise fields.error("layer_types", "must all be 'full_attention'")
-    if fields.get("quantization_config") is not None:
-        raise fields.error("quantization_config", "is not supported: give the unquantized weights")
     if fields.get("partial_rotary_factor", 1.0) != 1.0:
         raise fields.error("partial_rotary_factor", "must be 1")
 
 
-def _dtype(fields: _Fields) -> str:
+def _refuse_unsupported_of_opt(fields: Fields) -> None:
+    if fields.get("activation_function", "relu") != "relu":
+        raise fields.error("activation_function", "must be 'relu'")
+    if not fields.boolean("layer_norm_elementwise_affine", True):
+        raise fields.error("layer_norm_elementwise_affine", "must be true: norms without weights are not supported")
+    if fields.boolean("_remove_final_layer_norm", False):
+        reason = "must be false: checkpoints from before transformers 4.20.1 are not supported"
+        raise fields.error("_remove_final_layer_norm", reason)
+
+
+def _dtype(fields: Fields) -> str:
     # transformers 5 writes `dtype`, older versions `torch_dtype`.
     name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     value = fields.get(name, "float32")
@@ -271,7 +282,7 @@ def _dtype(fields: _Fields) -> str:
     return str(value)
 
 
-def _rope(fields: _Fields, max_position_embeddings: int) -> RopeConfig:
+def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     # transformers 5 writes `rope_parameters`, older versions `rope_theta` beside `rope_scaling`.
     section = fields.section("rope_parameters") or fields.section("rope_scaling")
     theta = fields.number("rope_theta", 10000.0)

@@ -11,9 +11,10 @@ from pagedcore import ops
 from pagedcore.layers.activations import ActivationBuffers, Activations, LastActivations
 from pagedcore.layers.attention import Attention, AttentionInputs, LayerKVCache
 from pagedcore.layers.embedding import Embedding
-from pagedcore.layers.linear import GateUpLinear, Linear, LMHead, Placement, RowLinear, WeightSlot
+from pagedcore.layers.linear import GateUpLinear, LMHead, Placement, RowLinear, WeightSlot
 from pagedcore.layers.norm import RMSNorm
 from pagedcore.layers.rotary import rotary_table
+from pagedcore.models.causal_lm import CausalLM
 from pagedcore.models.config import ModelConfig
 
 
@@ -42,9 +43,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, cos_sin: torch.Tensor, placement: Placement) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.self_attn = Attention(config, cos_sin, placement)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.mlp = MLP(config, placement)
 
     def weight_slots(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
@@ -59,28 +60,24 @@ class DecoderLayer(nn.Module):
             self.input_layernorm(activations.residual, None, activations.normed)
         else:
             self.input_layernorm(activations.hidden, activations.residual, activations.normed)
-        self.self_attn(inputs, cache, activations)
+        self.self_attn(activations.normed, inputs, cache, activations)
         self.post_attention_layernorm(activations.hidden, activations.residual, activations.normed)
         self.mlp(activations)
 
 
-class LlamaForCausalLM(nn.Module):
-    """The decoder with its head. Weights are uninitialized until the loader fills them.
-
-    `max_model_len` bounds the positions.
-    """
+class LlamaForCausalLM(CausalLM):
+    """The decoder with its head."""
 
     def __init__(self, config: ModelConfig, max_model_len: int, placement: Placement) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        assert config.rope is not None
         cos_sin = rotary_table(config.rope, config.head_dim, max_model_len, placement.device)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, placement)
         self.layers = nn.ModuleList(DecoderLayer(config, cos_sin, placement) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, False, placement)
 
     def weight_slots(self) -> Iterator[tuple[str, WeightSlot]]:
-        """The checkpoint's tensor names and where each goes; a tied head has none of its own."""
         yield from self.embed_tokens.weight_slots("model.embed_tokens")
         for i, layer in enumerate(self.layers):
             yield from layer.weight_slots(f"model.layers.{i}")  # type: ignore[operator]
@@ -88,23 +85,13 @@ class LlamaForCausalLM(nn.Module):
         if not self.config.tie_word_embeddings:
             yield from self.lm_head.weight_slots("lm_head")
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the weights."""
-        linears = [module for module in self.modules() if isinstance(module, Linear)]
-        packed = sum(linear.packed.data.nbytes for linear in linears if linear.packed is not None)
-        return packed + sum(weight.nbytes for weight in self.parameters())
-
-    def embed(self, token_ids: torch.Tensor, buffers: ActivationBuffers) -> None:
-        """token_ids [num_tokens] int32 -> `buffers.residual`."""
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor, buffers: ActivationBuffers) -> None:
         self.embed_tokens(token_ids, buffers.residual[: len(token_ids)])
 
     def forward(self, inputs: AttentionInputs, cache: Sequence[LayerKVCache], activations: Activations) -> None:
-        """Run all layers on the embedded tokens; the result is `residual` + `hidden` of the activations."""
         for i, layer in enumerate(self.layers):
             layer(inputs, cache[i], activations, i == 0)
 
     def head(self, last: LastActivations) -> None:
-        """`last.residual` + `last.hidden` -> `last.logits`."""
         self.norm(last.hidden, last.residual, last.normed)
         self.lm_head(last.normed, last.logits)

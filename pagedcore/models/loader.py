@@ -15,13 +15,13 @@ from tqdm import tqdm
 from pagedcore import ops
 from pagedcore.errors import ConfigError
 from pagedcore.layers.linear import Linear, Placement, WeightSlot
+from pagedcore.models.causal_lm import CausalLM
 from pagedcore.models.config import ModelConfig
-from pagedcore.models.llama import LlamaForCausalLM
 from pagedcore.models.registry import MODELS
 
 _PROGRESS_BYTES = 2**30  # loading less takes about a second: no progress bar
-# Derived from the configuration: some old checkpoints store them all the same.
-_IGNORED = re.compile(r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
+# Derived from the configuration, or a format's number: some old checkpoints store them all the same.
+_IGNORED = re.compile(r"^(model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.decoder\.version)$")
 _DUMMY_PERIOD = 1_048_573  # prime, so that no two rows of a matrix repeat each other
 _DUMMY_STD = 0.02
 
@@ -33,7 +33,7 @@ def load_model(
     placement: Placement,
     load_format: str,
     seed: int,
-) -> LlamaForCausalLM:
+) -> CausalLM:
     """Build the model and fill it: from safetensors, or with seeded random weights where load_format is "dummy".
 
     Raises:
@@ -61,7 +61,7 @@ def pack_weights(model: nn.Module) -> None:
             module.pack(arena)
 
 
-def _tie(model: LlamaForCausalLM) -> None:
+def _tie(model: CausalLM) -> None:
     head = model.lm_head
     assert head.weight is not None
     start = head.group.rank * head.weight.shape[0]
@@ -84,17 +84,25 @@ def _fill_from_files(folder: Path, slots: dict[str, WeightSlot], config: ModelCo
 
 
 def _fill_from_file(file: Path, missing: dict[str, WeightSlot], config: ModelConfig) -> Iterator[tuple[str, int]]:
-    """Copy each tensor of one file to its slot; yields names and sizes in bytes."""
+    """Copy each tensor of one file to its slot; yields slot names and sizes in bytes."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            for stored_name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                name = _full_name(stored_name)
                 slot = missing.get(name)
                 if slot is not None:
-                    yield name, _copy(tensors.get_slice(name), slot, name, file)
+                    yield name, _copy(tensors.get_slice(stored_name), slot, name, file)
                 elif not _IGNORED.match(name) and not (name == "lm_head.weight" and config.tie_word_embeddings):
-                    raise ConfigError(f"{file}: tensor {name} is not part of {config.architecture}, or is there twice")
+                    raise ConfigError(
+                        f"{file}: tensor {stored_name} is not part of {config.architecture}, or is there twice"
+                    )
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} is truncated or not a safetensors file: {error}") from None
+
+
+def _full_name(name: str) -> str:
+    """A checkpoint of the decoder without its head (some of OPT's) leaves out the prefix."""
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 def _copy(tensor: object, slot: WeightSlot, name: str, file: Path) -> int:

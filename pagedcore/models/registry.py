@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from pagedcore.models.llama import LlamaForCausalLM
+from collections.abc import Callable
 
-MODELS: dict[str, type[LlamaForCausalLM]] = {
+from pagedcore.layers.linear import Placement
+from pagedcore.models.causal_lm import CausalLM
+from pagedcore.models.config import ModelConfig
+from pagedcore.models.llama import LlamaForCausalLM
+from pagedcore.models.opt import OPTForCausalLM
+
+# Arguments: the configuration, the longest context (it bounds the positions), the placement.
+MODELS: dict[str, Callable[[ModelConfig, int, Placement], CausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "Qwen2ForCausalLM": LlamaForCausalLM,
     "Qwen3ForCausalLM": LlamaForCausalLM,
+    "OPTForCausalLM": OPTForCausalLM,
 }

@@ -13,7 +13,7 @@ from pagedcore.ops.attention import (
     swap_blocks,
 )
 from pagedcore.ops.cpu import CpuGraph, instruction_set, num_threads, request_huge_pages, set_num_threads
-from pagedcore.ops.elementwise import rms_norm, silu_and_mul
+from pagedcore.ops.elementwise import layer_norm, relu, rms_norm, silu_and_mul
 from pagedcore.ops.linear import PackedWeight, WeightArena, linear, pack_linear, packed_linear
 from pagedcore.ops.sampling import logprobs, sample
 from pagedcore.ops.step import unpack_step
@@ -24,6 +24,7 @@ __all__ = [
     "WeightArena",
     "copy_blocks",
     "instruction_set",
+    "layer_norm",
     "linear",
     "logprobs",
     "num_threads",
@@ -31,6 +32,7 @@ __all__ = [
     "packed_linear",
     "paged_attention",
     "paged_attention_workspace_bytes",
+    "relu",
     "request_huge_pages",
     "rms_norm",
     "rotary_write_kv",

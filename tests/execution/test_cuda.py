@@ -17,6 +17,8 @@ from pagedcore.execution.cuda import CudaExecutor, cuda_dtype, decode_batch_size
 from pagedcore.execution.kv_cache import GRAPH_BYTES, MemoryPlan, plan_gpu_memory
 from tests.models import tiny
 
+# Head sizes that the GPU's attention is made for.
+OPT_SHAPE: dict[str, Any] = {"num_attention_heads": 4, "hidden_size": 256}
 SHAPE: dict[str, Any] = {"head_dim": 64, "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512}
 
 
@@ -76,9 +78,9 @@ def _generate(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> lis
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "llama-biases"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "llama-biases", "opt", "opt-350m"])
 def test_logprobs_are_as_near_as_transformers_own(variant: str, tmp_path: Path) -> None:
-    reference = tiny.make(variant, tmp_path, **SHAPE)
+    reference = tiny.make(variant, tmp_path, **(OPT_SHAPE if variant.startswith("opt") else SHAPE))
     llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, max_num_seqs=16, kv_cache_memory_bytes=1 << 26)
     prompts = _prompts(12)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=20, ignore_eos=True)

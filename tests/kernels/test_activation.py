@@ -1,4 +1,4 @@
-"""silu_and_mul against float64 on every instruction set."""
+"""silu_and_mul against float64 and relu against its definition on every instruction set."""
 
 from __future__ import annotations
 
@@ -61,3 +61,28 @@ def test_a_row_depends_neither_on_others_nor_on_threads() -> None:
     assert torch.equal(ops.silu_and_mul(x), whole)
     for row in range(0, 100, 13):
         assert torch.equal(ops.silu_and_mul(x[row : row + 1].clone())[0], whole[row])
+
+
+@pytest.mark.usefixtures("instruction_set", "restore_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", (1, 3, 16, 17, 1003))
+def test_relu_is_exact_and_may_be_in_place(size: int, dtype: torch.dtype) -> None:
+    nan, inf = float("nan"), float("inf")
+    generator = torch.Generator().manual_seed(size)
+    for rows in (1, 2, 23):
+        x = torch.randn(rows, size, generator=generator).to(dtype)
+        x.view(-1)[:5] = torch.tensor([nan, inf, -inf, -0.0, 0.0], dtype=dtype)[: x.numel()]
+        expected = torch.where(x < 0, torch.zeros_like(x), x)
+        for num_threads in (1, 4):
+            ops.set_num_threads(num_threads)
+            out = torch.full((rows + 1, size), -7.0, dtype=dtype)
+            ops.relu(x, out[:rows])
+            assert torch.allclose(out[:rows], expected, rtol=0, atol=0, equal_nan=True)
+            assert (out[rows] == -7.0).all()
+        assert ops.relu(x, x) is x
+        assert torch.allclose(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_wrong_arguments_of_relu_are_named() -> None:
+    with pytest.raises(ValueError, match=r"relu: expected .*; got .*out torch.float32 \[2, 7\]"):
+        ops.relu(torch.ones(2, 8), torch.ones(2, 7))

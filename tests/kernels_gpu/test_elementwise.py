@@ -39,6 +39,58 @@ def test_rms_norm(dtype: torch.dtype, hidden_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [64, 768, 2560, 5120, 16384])
+def test_layer_norm(dtype: torch.dtype, hidden_size: int) -> None:
+    for num_tokens in (1, 5, 300):
+        x, before = torch.randn(2, num_tokens, hidden_size, device="cuda").to(dtype) + 2
+        weight, bias = (torch.rand(2, hidden_size, device="cuda") + 0.5).to(dtype)
+        for residual in (None, before.clone()):
+            out = torch.full_like(x, float("nan"))
+            ops.layer_norm(x, weight, bias, 1e-5, residual, out)
+            total = x if residual is None else x + before
+            if residual is not None:
+                assert torch.equal(residual, total)
+            exact = total.double()
+            exact = exact - exact.mean(-1, keepdim=True)
+            exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            assert_close(out, exact * weight.double() + bias.double())
+        in_place = before.clone()
+        ops.layer_norm(x, weight, bias, 1e-5, in_place, in_place)
+        assert torch.equal(in_place, out)
+
+
+def test_layer_norm_of_small_deviations_from_a_large_mean() -> None:
+    x = torch.randn(4, 5120, device="cuda") + 3000
+    weight, bias = torch.ones(5120, device="cuda"), torch.zeros(5120, device="cuda")
+    exact = x.double() - x.double().mean(-1, keepdim=True)
+    exact = exact / exact.square().mean(-1, keepdim=True).sqrt()
+    # The mean itself is rounded to about 2^-13; a variance from the squares would be wrong in its first digits.
+    assert (ops.layer_norm(x, weight, bias, 1e-5).double() - exact).abs().max() < 2e-3
+
+
+def test_norms_refuse_rows_they_are_not_made_for() -> None:
+    for hidden_size in (60, 16392):
+        x, weight = torch.ones(2, hidden_size, device="cuda"), torch.ones(hidden_size, device="cuda")
+        with pytest.raises(ValueError, match=f"hidden_size: the CUDA layer_norm needs .* got {hidden_size}"):
+            ops.layer_norm(x, weight, weight, 1e-5)
+        with pytest.raises(ValueError, match=f"hidden_size: the CUDA rms_norm needs .* got {hidden_size}"):
+            ops.rms_norm(x, weight, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu(dtype: torch.dtype) -> None:
+    for num_tokens, size in ((1, 3072), (7, 20480), (300, 64)):
+        x = torch.randn(num_tokens, size, device="cuda").to(dtype)
+        x[0, :4] = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0])
+        expected = torch.where(x < 0, torch.zeros_like(x), x)
+        out = torch.full_like(x, -7.0)
+        ops.relu(x, out)
+        assert torch.allclose(out, expected, rtol=0, atol=0, equal_nan=True)
+        ops.relu(x, x)
+        assert torch.allclose(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(dtype: torch.dtype) -> None:
     for num_tokens, size in ((1, 1536), (7, 14336), (300, 64)):
         x = torch.randn(num_tokens, 2 * size, device="cuda").to(dtype) * 3

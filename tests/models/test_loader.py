@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from pagedcore.errors import ConfigError
 from pagedcore.layers.linear import Placement, RowLinear
+from pagedcore.models.causal_lm import CausalLM
 from pagedcore.models.config import ModelConfig
-from pagedcore.models.llama import LlamaForCausalLM
 from pagedcore.models.loader import load_model
 from tests.models import tiny
 from tests.reference.paged import PagedModel
@@ -22,7 +22,7 @@ Tensors = dict[str, torch.Tensor]
 PROMPT = [5, 99, 3, 3, 42]
 
 
-def load(folder: Path, load_format: str = "safetensors", seed: int = 0) -> LlamaForCausalLM:
+def load(folder: Path, load_format: str = "safetensors", seed: int = 0) -> CausalLM:
     config = ModelConfig.from_folder(folder)
     with torch.inference_mode():
         return load_model(folder, config, 64, Placement(torch.float32, torch.device("cpu")), load_format, seed)

@@ -48,7 +48,7 @@ class ThreadRank:
         return tensors
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "llama-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-biases", "llama-tied", "qwen2", "qwen3", "opt", "opt-350m"])
 def test_two_ranks_equal_one(variant: str, tmp_path: Path) -> None:
     tiny.make(variant, tmp_path, vocab_size=132)
     whole = PagedModel(tmp_path, torch.float32)

@@ -21,6 +21,15 @@ _SHAPE = {
     "initializer_range": 0.15,
     "rms_norm_eps": 0.01,
 }
+_OPT_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 192,
+    "ffn_dim": 136,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+    "init_std": 0.15,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -31,7 +40,7 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 
-# name -> (configuration class, what differs from _SHAPE)
+# name -> (configuration class, what differs from its family's shape)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -49,13 +58,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {}),
     "qwen3-tied-biases": ("Qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "opt": ("OPT", {}),
+    "opt-heads-of-64": ("OPT", {"num_attention_heads": 3}),
+    "opt-heads-of-80": ("OPT", {"hidden_size": 160, "num_attention_heads": 2}),
+    "opt-heads-of-128": ("OPT", {"hidden_size": 256, "num_attention_heads": 2}),
+    "opt-norm-behind": ("OPT", {"do_layer_norm_before": False}),
+    "opt-projected": ("OPT", {"word_embed_proj_dim": 72}),
+    "opt-350m": ("OPT", {"do_layer_norm_before": False, "word_embed_proj_dim": 72}),
+    "opt-without-biases": ("OPT", {"enable_bias": False}),
+    "opt-untied": ("OPT", {"tie_word_embeddings": False}),
 }
 
 
 def make(variant: str, folder: Path, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """Save a random float32 model in `folder` and return it. Biases and norms are random: none can hide."""
     family, differences = VARIANTS[variant]
-    config = getattr(transformers, f"{family}Config")(**(_SHAPE | differences | changes))
+    shape = _OPT_SHAPE if family == "OPT" else _SHAPE
+    config = getattr(transformers, f"{family}Config")(**(shape | differences | changes))
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
