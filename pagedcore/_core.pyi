@@ -56,8 +56,8 @@ class BlockManager:
         any further.
         """
 
-    def grow_many(self, seq_ids: list[int], num_tokens: list[int]) -> int:
-        """`grow(seq_id, n, n - 1)` for each in order, up to the first without room; returns how many were grown."""
+    def grow_many(self, seq_ids: list[int], num_tokens: list[int], write_from: list[int]) -> int:
+        """`grow` for each in order, up to the first without room; returns how many were grown."""
 
     def fork(self, parent: int, child: int) -> None:
         """Start `child` with all blocks of `parent`, shared (copy-on-write)."""
@@ -98,12 +98,13 @@ class BlockManager:
 
         `num_rows`, `num_tokens`: padded sizes; the lists hold the real rows. Row r computes tokens
         [num_computed[r], num_computed[r] + query_lens[r]); an id behind token_ids[r] (at most one) is written as
-        -1 - last_rows[r]. Writes header, token ids, positions, slot mapping, query starts, lengths, block tables and the
-        pending copies, which are then done with. Leaves the sampling section alone; in the header, extras and any_random are
-        0 and max_logprobs is -1.
+        -1 - last_rows[r]. A row with query_lens[r] == 0 has no context of its own, and its sequence need not be known: it draws
+        from the last token of the row before it. Writes header, token ids, positions, slot mapping, query starts, lengths,
+        block tables and the pending copies, which are then done with. Leaves the sampling section alone; in the header, extras
+        and any_random are 0 and max_logprobs is -1.
 
         Raises ValueError, with the copies still pending, if the buffer or a padded size is too small, if a token is unknown,
-        or if a slot to write is not the sequence's alone (grow makes it so).
+        if the first row is without tokens, or if a slot to write is not the sequence's alone (grow makes it so).
         """
 
     def blocks_needed(self, num_tokens: int) -> int:

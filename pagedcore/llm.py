@@ -47,7 +47,8 @@ class CompletionOutput:
     """One continuation of a prompt.
 
     `logprobs` holds one mapping from token id to Logprob per output token, when the sampling parameters ask for them;
-    `cumulative_logprob` is then the sum over the chosen tokens. `stop_reason` is the stop string or stop token id.
+    `cumulative_logprob` is then the sum over the chosen tokens, as it is where outputs are ranked (best_of, beam search).
+    `stop_reason` is the stop string or stop token id.
     """
 
     index: int
@@ -144,12 +145,11 @@ class LLM:
                 while unfinished or engine.has_work():
                     for output in engine.step():
                         generation = unfinished[output.request_id]
-                        if not generation.take(output):
-                            continue
-                        if output.finish_reason is None:  # a stop string, which only the text shows
-                            engine.abort(output.request_id)
-                        del unfinished[output.request_id]
-                        progress.update()
+                        if generation.take(output):  # a stop string, which only the text shows
+                            engine.end_sequence(output.request_id, output.index)
+                        if generation.result.finished:
+                            del unfinished[output.request_id]
+                            progress.update()
         finally:
             for request_id in unfinished:
                 engine.abort(request_id)
@@ -160,16 +160,37 @@ class _Generation:
 
     def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None) -> None:
         self.request = request
-        self._completion = CompletionOutput(index=0)
-        self.result = RequestOutput(request.request_id, prompt, request.prompt_token_ids, [self._completion])
         params = request.sampling_params
-        self._tokenizer = tokenizer if params.detokenize else None
-        if params.stop and self._tokenizer is None:
+        tokenizer = tokenizer if params.detokenize else None
+        if params.stop and tokenizer is None:
             raise RequestError("stop strings need a tokenizer and detokenize = true")
+        self._completions = [_Completion(request, tokenizer, index) for index in range(params.n)]
+        outputs = [completion.output for completion in self._completions]
+        self.result = RequestOutput(request.request_id, prompt, request.prompt_token_ids, outputs)
+
+    def take(self, output: TokenOutput) -> bool:
+        """Add an output; returns whether a stop string has just ended its sequence. Raises the error that ended the request."""
+        if output.error is not None:
+            raise output.error
+        stopped = self._completions[output.index].take(output)
+        if all(completion.output.finish_reason is not None for completion in self._completions):
+            self.result.finished = True
+            self.result.num_cached_tokens = output.num_cached_tokens
+        return stopped
+
+
+class _Completion:
+    """Collects the outputs of one sequence into its CompletionOutput."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, index: int) -> None:
+        params = request.sampling_params
+        self.output = CompletionOutput(index)
+        self._tokenizer = tokenizer
+        self._hides_stop_token = not params.include_stop_str_in_output
         self._text: OutputText | None = None
-        if self._tokenizer is not None:
+        if tokenizer is not None:
             self._text = OutputText(
-                self._tokenizer,
+                tokenizer,
                 request.prompt_token_ids,
                 stop=params.stop or (),
                 include_stop_str_in_output=params.include_stop_str_in_output,
@@ -178,28 +199,28 @@ class _Generation:
             )
 
     def take(self, output: TokenOutput) -> bool:
-        """Add an output; returns whether the request has ended. Raises the error that ended it, if one did."""
-        if output.error is not None:
-            raise output.error
-        completion = self._completion
+        """Add an output; returns whether a stop string, not the engine, has just ended the sequence."""
+        completion, reason = self.output, output.finish_reason
+        if completion.finish_reason is not None:
+            return False  # the engine was a step ahead of the stop string
         completion.token_ids += output.token_ids
         if output.logprobs is not None:
             self._add_logprobs(output.token_ids, output.logprobs)
-        reason, stopped_by = output.finish_reason, None
+        stopped_by = None
         if self._text is not None:
-            hide_last = reason is FinishReason.STOP and not self.request.sampling_params.include_stop_str_in_output
+            hide_last = reason is FinishReason.STOP and self._hides_stop_token
             completion.text += self._text.push(output.token_ids, final=reason is not None, hide_last=hide_last)
             stopped_by = self._text.stopped_by
-        if stopped_by is None and reason is None:
-            return False
-        completion.finish_reason = FinishReason.STOP.value if stopped_by is not None or reason is None else reason.value
-        completion.stop_reason = stopped_by if stopped_by is not None else output.stop_reason
-        self.result.finished = True
-        self.result.num_cached_tokens = output.num_cached_tokens
-        return True
+        if output.cumulative_logprob is not None:
+            completion.cumulative_logprob = output.cumulative_logprob
+        if stopped_by is not None:
+            completion.finish_reason, completion.stop_reason = FinishReason.STOP.value, stopped_by
+        elif reason is not None:
+            completion.finish_reason, completion.stop_reason = reason.value, output.stop_reason
+        return stopped_by is not None and reason is None
 
     def _add_logprobs(self, token_ids: Iterable[int], logprobs: Iterable[TokenLogprobs]) -> None:
-        completion = self._completion
+        completion = self.output
         if completion.logprobs is None:
             completion.logprobs, completion.cumulative_logprob = [], 0.0
         for token_id, entry in zip(token_ids, logprobs, strict=True):

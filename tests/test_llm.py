@@ -80,6 +80,23 @@ def test_log_probabilities(llm: LLM) -> None:
     assert plain.logprobs is None and plain.cumulative_logprob is None
 
 
+def test_several_samples_of_a_prompt(llm: LLM) -> None:
+    params = SamplingParams(n=4, temperature=1.0, seed=7, max_tokens=12, logprobs=0)
+    output, single = llm.generate([PROMPT, PROMPT], [params, SamplingParams(seed=7, max_tokens=12)], use_tqdm=False)
+    assert output.finished and [completion.index for completion in output.outputs] == [0, 1, 2, 3]
+    assert len({completion.text for completion in output.outputs}) == 4
+    assert output.outputs[0].token_ids == single.outputs[0].token_ids, "the first sample is that of the seed by itself"
+    by_rank = sorted(output.outputs, key=lambda completion: -(completion.cumulative_logprob or 0))
+    best = llm.generate(PROMPT, SamplingParams(n=2, best_of=4, seed=7, max_tokens=12), use_tqdm=False)[0]
+    assert [completion.token_ids for completion in best.outputs] == [completion.token_ids for completion in by_rank[:2]]
+    assert best.outputs[0].cumulative_logprob == pytest.approx(by_rank[0].cumulative_logprob)
+    stop = output.outputs[2].text[5:9]
+    stopped = llm.generate(PROMPT, SamplingParams(n=4, seed=7, max_tokens=12, stop=stop), use_tqdm=False)[0]
+    for completion, free in zip(stopped.outputs, output.outputs, strict=True):
+        assert completion.text == free.text.split(stop)[0]
+    assert stopped.outputs[2].stop_reason == stop
+
+
 def test_shared_prefixes_are_computed_once(llm: LLM) -> None:
     prompt = "A long story about a fox and a hare. " * 8
     params = SamplingParams(temperature=0, max_tokens=2)

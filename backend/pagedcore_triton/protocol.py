@@ -100,6 +100,8 @@ def parse_request(inputs: Mapping[str, Array], parameters: str) -> GenerateReque
         sampling_params = SamplingParams.from_dict(parse_json_object("sampling_parameters", content))
     else:
         sampling_params = SamplingParams.from_dict(parse_json_object("the request's parameters", parameters))
+    if sampling_params.n != 1:
+        raise RequestError(f"n must be 1 in this version, got {sampling_params.n}")
     if not sampling_params.detokenize:
         raise RequestError("detokenize must be true: the output is text, got False")
     return GenerateRequest(prompt, stream, not exclude_input, sampling_params)

@@ -21,6 +21,7 @@ from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
 from pagedcore.engine.sequence import Sequence
+from pagedcore.engine.sequence_group import SequenceGroup
 from pagedcore.engine.step_plan import StepPlan, StepResult
 
 BUDGET_US = 500.0
@@ -33,11 +34,14 @@ def prepare(num_sequences: int) -> Scheduler:
     blocks = BlockManager(num_sequences * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
     buffers = [np.zeros(4 << 20, dtype=np.int32) for _ in range(3)]
     scheduler = Scheduler(SchedulerConfig(num_sequences, 8192), blocks, buffers)
+    sequences: list[Sequence] = []
     for number in range(num_sequences):
         prompt = rng.integers(0, 50_000, int(rng.integers(100, 1025))).tolist()
         params = SamplingParams(temperature=0.6, seed=number, max_tokens=None, ignore_eos=True)
-        scheduler.add(Sequence(number, Request(str(number), prompt, params), MAX_MODEL_LEN, frozenset(), number))
-    while scheduler.waiting or any(s.num_tokens - s.num_computed_tokens > 1 for s in scheduler.running):
+        sequence = Sequence(number, Request(str(number), prompt, params), MAX_MODEL_LEN, frozenset(), number)
+        sequences.append(sequence)
+        scheduler.add(SequenceGroup(sequence))
+    while any(sequence.num_tokens - sequence.num_computed_tokens > 1 for sequence in sequences):
         plan = scheduler.schedule()
         assert plan is not None
         scheduler.commit(plan, drawn(plan))

@@ -60,11 +60,13 @@ void check_length(const py::list& list, size_t expected, const char* name) {
   }
 }
 
-size_t grow_many(BlockManager& manager, const py::list& seq_ids, const py::list& num_tokens) {
+size_t grow_many(BlockManager& manager, const py::list& seq_ids, const py::list& num_tokens,
+                 const py::list& write_from) {
   check_length(num_tokens, seq_ids.size(), "num_tokens");
+  check_length(write_from, seq_ids.size(), "write_from");
+  const auto item = [](const py::list& list, size_t i) { return to_int64(PyList_GET_ITEM(list.ptr(), i)); };
   for (size_t i = 0; i < seq_ids.size(); ++i) {
-    const int64_t wanted = to_int64(PyList_GET_ITEM(num_tokens.ptr(), i));
-    if (!manager.grow(to_int64(PyList_GET_ITEM(seq_ids.ptr(), i)), wanted, wanted - 1)) return i;
+    if (!manager.grow(item(seq_ids, i), item(num_tokens, i), item(write_from, i))) return i;
   }
   return seq_ids.size();
 }
@@ -128,7 +130,7 @@ PYBIND11_MODULE(_core, module) {
           },
           py::arg("seq_id"), py::arg("token_ids"), py::arg("max_tokens"), py::arg("salt"))
       .def("grow", &BlockManager::grow, py::arg("seq_id"), py::arg("num_tokens"), py::arg("write_from"))
-      .def("grow_many", &grow_many, py::arg("seq_ids"), py::arg("num_tokens"))
+      .def("grow_many", &grow_many, py::arg("seq_ids"), py::arg("num_tokens"), py::arg("write_from"))
       .def("fork", &BlockManager::fork, py::arg("parent"), py::arg("child"))
       .def("release", &BlockManager::release, py::arg("seq_id"))
       .def(

@@ -49,8 +49,8 @@ int64_t elements_needed(const StepSizes& sizes, int64_t num_copies) {
 void check_sizes(std::span<const StepRow> rows, const StepSizes& sizes, int64_t num_copies, size_t buffer_size) {
   int64_t num_tokens = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i].query_len < 1 || rows[i].num_computed < 0)
-      fail(i, "computes no tokens, or has computed fewer than none");
+    if (rows[i].query_len < 0 || rows[i].num_computed < 0) fail(i, "computes or has computed fewer tokens than none");
+    if (rows[i].query_len == 0 && i == 0) fail(i, "computes no tokens, and no row before it does");
     num_tokens += rows[i].query_len;
   }
   if (std::ssize(rows) > sizes.num_rows || num_tokens > sizes.num_tokens || sizes.table_width < 0) {
@@ -102,6 +102,13 @@ int64_t fill_step(BlockManager& manager, std::span<const StepRow> rows, const St
 
   for (size_t i = 0; i < rows.size(); ++i) {
     const StepRow& row = rows[i];
+    int32_t* table_row = out.block_tables + static_cast<int64_t>(i) * sizes.table_width;
+    out.query_start_loc[i] = static_cast<int32_t>(num_tokens);
+    if (row.query_len == 0) {
+      out.seq_lens[i] = 0;
+      std::fill_n(table_row, sizes.table_width, 0);
+      continue;
+    }
     const int64_t seq_len = row.num_computed + row.query_len;
     const std::span<const BlockId> table = manager.block_table(row.seq_id);
     const int64_t num_used = manager.blocks_needed(seq_len);
@@ -109,9 +116,7 @@ int64_t fill_step(BlockManager& manager, std::span<const StepRow> rows, const St
     if (num_used > sizes.table_width) fail(i, "has more blocks than table_width");
     write_token_ids(i, row, out.token_ids + num_tokens);
     write_slots(i, row, manager, table, out.positions + num_tokens, out.slot_mapping + num_tokens);
-    out.query_start_loc[i] = static_cast<int32_t>(num_tokens);
     out.seq_lens[i] = static_cast<int32_t>(seq_len);
-    int32_t* table_row = out.block_tables + static_cast<int64_t>(i) * sizes.table_width;
     std::fill_n(std::copy_n(table.data(), num_used, table_row), sizes.table_width - num_used, 0);
     num_tokens += row.query_len;
     max_query_len = std::max(max_query_len, row.query_len);

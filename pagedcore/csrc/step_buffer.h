@@ -8,7 +8,8 @@
 
 namespace pagedcore {
 
-// One sequence in a step: compute its tokens [num_computed, num_computed + query_len).
+// One sequence in a step: compute its tokens [num_computed, num_computed + query_len). Without any, the row draws from
+// the last token of the row before it, and nothing but its place in the step is looked at.
 struct StepRow {
   SequenceId seq_id;
   int64_t num_computed;

@@ -10,15 +10,15 @@ from pagedcore.engine.executor import Executor, PendingStep
 from pagedcore.engine.outputs import EngineStats, TokenOutput
 from pagedcore.engine.request import Request
 from pagedcore.engine.scheduler import Scheduler
+from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason, Sequence
+from pagedcore.engine.sequence_group import SequenceGroup
 from pagedcore.engine.step_plan import StepPlan
 from pagedcore.errors import EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3  # in a row; after that the device or the model is taken to be broken
-
-_MASK64 = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Engine:
         self._one_step_ahead = one_step_ahead
         self._seed = seed
         self._num_requests = 0
-        self._sequences: dict[str, Sequence] = {}
+        self._groups: dict[str, SequenceGroup] = {}
         self._launched: tuple[StepPlan, PendingStep] | None = None
         self._num_failed_steps = 0
 
@@ -79,32 +79,41 @@ class Engine:
         max_total_tokens = limits.max_model_len
         if params.max_tokens is not None:
             max_total_tokens = min(max_total_tokens, num_prompt_tokens + params.max_tokens)
-        self.scheduler.check_fits(num_prompt_tokens, max_total_tokens)
+        self.scheduler.check_fits(num_prompt_tokens, max_total_tokens, params.num_sequences)
         return max_total_tokens
 
     def add_request(self, request: Request) -> None:
         """Queue a request; raises RequestError if it can never be served or its id is in use."""
-        if request.request_id in self._sequences:
+        if request.request_id in self._groups:
             raise RequestError(f"request_id {request.request_id!r} is in use by an unfinished request")
         max_total_tokens = self.check(request)
         params = request.sampling_params
         stop_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_token_ids |= self.limits.eos_token_ids
-        number = self._num_requests
+        seed = params.seed if params.seed is not None else mix_seed(self._seed, self._num_requests)
         self._num_requests += 1
-        seed = params.seed if params.seed is not None else _mix(self._seed, number)
-        sequence = Sequence(number, request, max_total_tokens, stop_token_ids, seed)
-        self._sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
+        group = SequenceGroup(Sequence(self.scheduler.new_seq_id(), request, max_total_tokens, stop_token_ids, seed))
+        self._groups[request.request_id] = group
+        self.scheduler.add(group)
 
     def abort(self, request_id: str) -> TokenOutput | None:
-        """End a request and free its blocks; returns its final output, or None if it has already ended."""
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is None:
+        """End a request and free its blocks; returns its last output, or None if it has already ended."""
+        group = self._groups.pop(request_id, None)
+        if group is None:
             return None
-        self.scheduler.abort(sequence)
-        return TokenOutput(request_id, 0, [], FinishReason.ABORT)
+        self.scheduler.abort(group)
+        return TokenOutput(request_id, 0, [], FinishReason.ABORT, request_finished=True)
+
+    def end_sequence(self, request_id: str, index: int) -> list[TokenOutput]:
+        """End one sequence of a request, as a stop token would; the others go on. Nothing if it has ended or not begun."""
+        group = self._groups.get(request_id)
+        sequences = [] if group is None or not group.has_branched else group.sequences
+        outputs: list[TokenOutput] = []
+        for sequence in [sequence for sequence in sequences if sequence.index == index]:
+            outputs = self.scheduler.end_sequence(sequence)
+        self._forget(outputs)
+        return outputs
 
     def has_work(self) -> bool:
         return self._launched is not None or self.scheduler.has_unfinished()
@@ -139,7 +148,7 @@ class Engine:
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> list[TokenOutput]:
         logger.error("step %d with %d sequences failed", plan.step_id, len(plan.sequences), exc_info=error)
-        if any(sequence.finish_reason is FinishReason.ERROR for sequence in plan.sequences):
+        if any(sequence.group.finish_reason is FinishReason.ERROR for sequence in plan.sequences):
             # Launched before the failure of the step before was known, with the request that may have caused it.
             self.scheduler.retry_step(plan)
             return []
@@ -152,19 +161,11 @@ class Engine:
 
     def _forget(self, outputs: Iterable[TokenOutput]) -> None:
         for output in outputs:
-            if output.finish_reason is not None:
-                del self._sequences[output.request_id]
+            if output.request_finished:
+                del self._groups[output.request_id]
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
 
     def shutdown(self) -> None:
         self._executor.shutdown()
-
-
-def _mix(seed: int, number: int) -> int:
-    """A 63-bit seed for a request without one: SplitMix64 of the engine's seed and the request's number."""
-    x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return (x ^ (x >> 31)) >> 1

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from pagedcore.engine.engine import Engine
 from pagedcore.engine.outputs import EngineStats, OutputSink, TokenOutput
@@ -19,16 +20,33 @@ logger = logging.getLogger(__name__)
 STALLED_SECONDS = 60.0  # a step that takes longer than this counts as a stalled engine
 
 
+@dataclass(frozen=True)
+class _Submission:
+    request: Request
+    sink: OutputSink
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class _EndSequence:
+    request_id: str
+    index: int
+
+
 class EngineThread:
     """Runs an Engine until shutdown; any thread may submit and abort.
 
-    Every accepted request gets exactly one output with a finish reason, whatever happens: finished, aborted, failed, or
+    Every accepted request gets exactly one output with `request_finished`, whatever happens: finished, aborted, failed, or
     the engine's death. Sinks are called on the engine thread and must return at once.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inbox: deque[tuple[Request, OutputSink] | str] = deque()
+        self._inbox: deque[_Submission | _Abort | _EndSequence] = deque()
         self._wake = threading.Event()
         self._lock = threading.Lock()  # guards _closed against a submit that would be left behind in the inbox
         self._closed = False
@@ -45,16 +63,21 @@ class EngineThread:
     def submit(self, request: Request, sink: OutputSink) -> None:
         """Hand over a request; returns at once. Raises RequestError or EngineDeadError, and then nothing will be pushed."""
         self._engine.check(request)
-        self._post((request, sink))
+        self._post(_Submission(request, sink))
 
     def abort(self, request_id: str) -> None:
         """End a request; unless it ends on its own before that, its last output has the reason ABORT."""
-        try:
-            self._post(request_id)
-        except EngineDeadError:
-            return  # the engine's end has already answered every request
+        self._post_unless_dead(_Abort(request_id))
 
-    def _post(self, item: tuple[Request, OutputSink] | str) -> None:
+    def end_sequence(self, request_id: str, index: int) -> None:
+        """End one sequence of a request; unless it ends on its own before that, its last output has the reason STOP."""
+        self._post_unless_dead(_EndSequence(request_id, index))
+
+    def _post_unless_dead(self, item: _Abort | _EndSequence) -> None:
+        with contextlib.suppress(EngineDeadError):  # the engine's end has already answered every request
+            self._post(item)
+
+    def _post(self, item: _Submission | _Abort | _EndSequence) -> None:
         with self._lock:
             if self._closed:
                 raise EngineDeadError(f"the engine has stopped: {self._error or 'it was shut down'}")
@@ -103,27 +126,29 @@ class EngineThread:
     def _drain_inbox(self) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, str):
-                output = self._engine.abort(item)
-                if output is not None:
-                    self._deliver([output])
-                continue
-            request, sink = item
-            try:
-                self._engine.add_request(request)
-            except Exception as error:  # scoped to this request: it has not become part of anything
-                if not isinstance(error, RequestError):
-                    logger.exception("request %s could not be added", request.request_id)
-                sink.push(TokenOutput(request.request_id, 0, [], FinishReason.ERROR, error=error))
-            else:
-                self._sinks[request.request_id] = sink
+            if isinstance(item, _Submission):
+                self._add(item.request, item.sink)
+            elif isinstance(item, _EndSequence):
+                self._deliver(self._engine.end_sequence(item.request_id, item.index))
+            elif (output := self._engine.abort(item.request_id)) is not None:
+                self._deliver([output])
+
+    def _add(self, request: Request, sink: OutputSink) -> None:
+        try:
+            self._engine.add_request(request)
+        except Exception as error:  # scoped to this request: it has not become part of anything
+            if not isinstance(error, RequestError):
+                logger.exception("request %s could not be added", request.request_id)
+            sink.push(_error_output(request.request_id, error))
+        else:
+            self._sinks[request.request_id] = sink
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
-            if output.finish_reason is None:
-                self._sinks[output.request_id].push(output)
-            else:
+            if output.request_finished:
                 self._sinks.pop(output.request_id).push(output)
+            else:
+                self._sinks[output.request_id].push(output)
 
     def _close(self) -> None:
         """Refuse what comes from now on, and end everything that is still open, whatever state the engine is in."""
@@ -134,9 +159,13 @@ class EngineThread:
         with contextlib.suppress(IndexError):
             while True:
                 item = self._inbox.popleft()
-                if not isinstance(item, str):
-                    item[1].push(TokenOutput(item[0].request_id, 0, [], FinishReason.ERROR, error=error))
+                if isinstance(item, _Submission):
+                    item.sink.push(_error_output(item.request.request_id, error))
         with contextlib.suppress(KeyError):
             while True:
                 request_id, sink = self._sinks.popitem()
-                sink.push(TokenOutput(request_id, 0, [], FinishReason.ERROR, error=error))
+                sink.push(_error_output(request_id, error))
+
+
+def _error_output(request_id: str, error: Exception) -> TokenOutput:
+    return TokenOutput(request_id, 0, [], FinishReason.ERROR, error=error, request_finished=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from pagedcore.engine.sequence import FinishReason
+from pagedcore.engine.sequence import FinishReason, Sequence
+from pagedcore.engine.sequence_group import SequenceGroup
+from pagedcore.engine.step_plan import StepResult
 
 
 class TokenLogprobs(NamedTuple):
@@ -20,8 +22,13 @@ class TokenLogprobs(NamedTuple):
 class TokenOutput:
     """New tokens of one sequence of a request, in order; the last message of a sequence has a finish reason.
 
-    `stop_reason` is the stop token id that ended it, when that is not the end-of-sequence token.
-    `logprobs` has one entry per token, when the request asked for them. `error` is set exactly when the reason is ERROR.
+    `index` is the sequence's among the request's outputs, 0 to n - 1. The last message of the request has `request_finished`.
+    Where outputs are ranked (beam search, best_of above n), there is one message for each, with all its tokens, best first.
+    An abort or an error ends the whole request with one message, of index 0.
+    `stop_reason` is the stop token id that ended the sequence, when that is not the end-of-sequence token.
+    `logprobs` has one entry per token, when the request asked for them. `cumulative_logprob`, in the last message of a
+    sequence, is the sum over all its tokens, where it is known: then, and where outputs are ranked.
+    `error` is set exactly when the reason is ERROR.
     """
 
     request_id: str
@@ -32,6 +39,8 @@ class TokenOutput:
     logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
     error: Exception | None = None
+    request_finished: bool = False
+    cumulative_logprob: float | None = None
 
 
 class OutputSink(Protocol):
@@ -40,9 +49,46 @@ class OutputSink(Protocol):
     def push(self, output: TokenOutput) -> None: ...
 
 
+def row_logprobs(result: StepResult, row: int, wanted: int) -> TokenLogprobs:
+    """The log probabilities of the token drawn in a row, and of the `wanted` most likely ones."""
+    assert result.chosen_logprobs is not None and result.chosen_ranks is not None
+    assert result.top_logprobs is not None and result.top_token_ids is not None
+    top = zip(result.top_token_ids[row, :wanted].tolist(), result.top_logprobs[row, :wanted].tolist(), strict=True)
+    return TokenLogprobs(float(result.chosen_logprobs[row]), int(result.chosen_ranks[row]), list(top))
+
+
+def final_output(
+    sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs], *, request_finished: bool, index: int = -1
+) -> TokenOutput:
+    """The last message of a sequence that has ended, with `token_ids` not told before; `index`: the sequence's, if not given."""
+    group, params = sequence.group, sequence.request.sampling_params
+    last_token = sequence.token_ids[-1]
+    by_token = sequence.finish_reason is FinishReason.STOP and last_token in params.stop_token_ids and token_ids
+    return TokenOutput(
+        group.request_id,
+        sequence.index if index < 0 else index,
+        token_ids,
+        sequence.finish_reason,
+        stop_reason=last_token if by_token else None,
+        logprobs=logprobs if params.logprobs is not None else None,
+        num_cached_tokens=group.num_cached_tokens,
+        request_finished=request_finished,
+        cumulative_logprob=sequence.cumulative_logprob if group.num_logprobs >= 0 else None,
+    )
+
+
+def ranked_outputs(group: SequenceGroup) -> list[TokenOutput]:
+    """The outputs of a group whose sequences have all ended: the n of largest cumulative log probability, best first."""
+    best = sorted(group.held, key=lambda seq: (-seq.cumulative_logprob, seq.index))[: group.num_outputs]
+    return [
+        final_output(seq, seq.output_token_ids, seq.logprobs, index=index, request_finished=index + 1 == len(best))
+        for index, seq in enumerate(best)
+    ]
+
+
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine between two steps; `*_total` only ever grow."""
+    """A snapshot of the engine between two steps; `*_total` only ever grow. Running, waiting, preempted: requests."""
 
     num_running: int = 0
     num_waiting: int = 0

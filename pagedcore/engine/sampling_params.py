@@ -21,9 +21,20 @@ MAX_LOGPROBS = 1000
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
+MAX_SEQUENCES = 64  # of one request
+MIN_BEAM_WIDTH = 2
+MAX_LENGTH_PENALTY = 5.0
 
-_INTEGER_FIELDS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs")
-_FLOAT_FIELDS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
+_INTEGER_FIELDS = ("n", "best_of", "beam_width", "top_k", "seed", "max_tokens", "min_tokens", "logprobs")
+_FLOAT_FIELDS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "min_p",
+    "length_penalty",
+)
 _BOOL_FIELDS = (
     "ignore_eos",
     "detokenize",
@@ -33,7 +44,6 @@ _BOOL_FIELDS = (
     "use_beam_search",
 )
 _UNSUPPORTED_FIELDS = (
-    "best_of",
     "prompt_logprobs",
     "bad_words",
     "logit_bias",
@@ -42,6 +52,14 @@ _UNSUPPORTED_FIELDS = (
     "structured_outputs",
     "truncate_prompt_tokens",
 )
+# Beams are chosen by the model's own log probabilities, before they become text.
+_OFF_WITH_BEAM_SEARCH = {
+    "stop": (),
+    "logprobs": None,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
 _INTEGER_TEXT = re.compile(r"[+-]?[0-9]{1,20}")
 _FLOAT_TEXT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _BOOL_TEXT = {"true": True, "false": False}
@@ -55,7 +73,14 @@ class SamplingParams:
     `top_k` of -1 becomes 0 (all), a `seed` of -1 becomes None, and a temperature below 1e-5 becomes 0 (greedy), which
     switches top_k, top_p and min_p off.
 
-    n: output sequences; only 1 in this version
+    n: output sequences, in [1, 64]
+    best_of: sequences that are drawn, at least n; the n of largest cumulative log probability are output, best first, when
+        all have ended; None: n. With beam search, vLLM's name for beam_width
+    use_beam_search: beam search instead of draws; needs temperature 0. Implied by beam_width
+    beam_width: beams, in [2, 64], at least n; after construction None exactly when there is no beam search
+    length_penalty: with beam search, a finished beam's score is its log probability / length ** length_penalty
+    early_stopping: with beam search, when to end: True: as soon as beam_width beams have ended; False: when the best open
+        beam, taken at its present length, is worse than all of those; "never": when no length could make it better
     presence_penalty, frequency_penalty: in [-2, 2]; taken off the logit of a token that has been output: once, or once
         for each time
     repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt or output
@@ -90,8 +115,11 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    use_beam_search: bool = False
     best_of: int | None = None
+    use_beam_search: bool = False
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     prompt_logprobs: int | None = None
     bad_words: Sequence[str] | None = None
     logit_bias: Mapping[int, float] | None = None
@@ -106,6 +134,10 @@ class SamplingParams:
         for name in _BOOL_FIELDS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {_shown(getattr(self, name))}")
+        self._check_integer("n", 1, MAX_SEQUENCES)
+        self._check_integer("best_of", 1, MAX_SEQUENCES, optional=True)
+        self._check_integer("beam_width", MIN_BEAM_WIDTH, MAX_SEQUENCES, optional=True)
+        self._check_float("length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
         self._check_float("presence_penalty", -2.0, 2.0)
         self._check_float("frequency_penalty", -2.0, 2.0)
         self._check_float("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
@@ -122,10 +154,24 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
         self._normalize()
+        if self.use_beam_search or self.beam_width is not None:
+            self._check_beam_search()
+        else:
+            self._check_best_of()
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that the request may have at once: beams, or draws to choose the best of."""
+        return self.beam_width or self.best_of or self.n
+
+    @property
+    def ranks_outputs(self) -> bool:
+        """Whether the outputs are chosen among more when all have ended, and so cannot be streamed."""
+        return self.beam_width is not None or self.num_sequences > self.n
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -142,10 +188,6 @@ class SamplingParams:
         return cls(**{key: _from_text(key, value) for key, value in values.items()})
 
     def _refuse_unsupported(self) -> None:
-        if not _is_integer(self.n, 1, 1):
-            raise RequestError(f"n must be 1 in this version, got {_shown(self.n)}")
-        if self.use_beam_search is True:
-            raise RequestError("use_beam_search must be false in this version, got True")
         for name in _UNSUPPORTED_FIELDS:
             value = getattr(self, name)
             if value is not None and value != []:
@@ -189,6 +231,42 @@ class SamplingParams:
                 raise RequestError(f"stop_token_ids must hold token ids (integers from 0 up), got {_shown(token_id)}")
         object.__setattr__(self, "stop_token_ids", tuple(int(token_id) for token_id in ids))
 
+    def _check_best_of(self) -> None:
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"best_of must be at least n ({self.n}), got {self.best_of}")
+        if self.ranks_outputs and self.stop:
+            raise RequestError(
+                "stop must be empty when best_of is above n (outputs are ranked before they become text), "
+                f"got {_shown(self.stop)}"
+            )
+        for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
+            if getattr(self, name) != default:
+                raise RequestError(f"{name} needs use_beam_search or beam_width, got {_shown(getattr(self, name))}")
+
+    def _check_beam_search(self) -> None:
+        width = self.beam_width if self.beam_width is not None else self.best_of if self.best_of is not None else self.n
+        name = "beam_width" if self.beam_width is not None else "best_of" if self.best_of is not None else "n"
+        if width < MIN_BEAM_WIDTH:
+            raise RequestError(
+                f"{name} must be in [{MIN_BEAM_WIDTH}, {MAX_SEQUENCES}] with beam search, got {_shown(width)}"
+            )
+        if self.best_of not in (None, width):
+            raise RequestError(f"best_of must be beam_width ({width}) or left out with beam search, got {self.best_of}")
+        if self.n > width:
+            raise RequestError(f"n must be in [1, {width}] ({name}) with beam search, got {self.n}")
+        if self.temperature != 0.0:
+            raise RequestError(f"temperature must be 0 with beam search, got {self.temperature:g}")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(f'early_stopping must be true, false or "never", got {_shown(self.early_stopping)}')
+        for field_name, off in _OFF_WITH_BEAM_SEARCH.items():
+            if getattr(self, field_name) != off:
+                raise RequestError(
+                    f"{field_name} must be {off if off != () else 'empty'} with beam search, "
+                    f"got {_shown(getattr(self, field_name))}"
+                )
+        for field_name, value in (("use_beam_search", True), ("beam_width", width), ("best_of", width)):
+            object.__setattr__(self, field_name, value)
+
     def _normalize(self) -> None:
         if self.temperature < GREEDY_TEMPERATURE:
             for name, off in (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
@@ -222,7 +300,7 @@ def _from_text(name: str, value: Any) -> Any:
         return int(text)
     if name in _FLOAT_FIELDS and _FLOAT_TEXT.fullmatch(text):
         return float(text)
-    if name in _BOOL_FIELDS:
+    if name in _BOOL_FIELDS or name == "early_stopping":
         return _BOOL_TEXT.get(text.lower(), value)
     return value
 

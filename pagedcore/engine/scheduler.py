@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import bisect
+import itertools
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from pagedcore._core import BlockManager
-from pagedcore.engine.outputs import EngineStats, TokenLogprobs, TokenOutput
-from pagedcore.engine.sampling_extras import needs_extras, pack_extras, pack_sampling_row
-from pagedcore.engine.sequence import FinishReason, Sequence, SequenceStatus
-from pagedcore.engine.step_plan import (
-    NUM_SAMPLING_COLUMNS,
-    Header,
-    Int32Array,
-    SamplingColumn,
-    StepLayout,
-    StepPlan,
-    StepResult,
+from pagedcore.engine.outputs import (
+    EngineStats,
+    TokenLogprobs,
+    TokenOutput,
+    final_output,
+    ranked_outputs,
+    row_logprobs,
 )
+from pagedcore.engine.sequence import NEVER, FinishReason, Sequence
+from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup, blocks_of_group
+from pagedcore.engine.step_packer import Rows, StepPacker
+from pagedcore.engine.step_plan import Int32Array, StepPlan, StepResult
 from pagedcore.errors import NonFiniteLogitsError, RequestError
 
-_EXTRAS_OFFSET, _NUM_EXTRAS, _ANY_RANDOM, _MAX_LOGPROBS = (
-    Header._fields.index(name) for name in ("extras_offset", "num_extras", "any_random", "max_logprobs")
-)
-_PADDING_SAMPLING = np.array([-1 if c is SamplingColumn.NUM_LOGPROBS else 0 for c in SamplingColumn], np.int32)
 WATERMARK = 0.01  # share of the blocks that admission leaves free, so that the newcomer is not preempted at once
 
 
@@ -46,24 +40,12 @@ class SchedulerConfig:
     decode_batch_sizes: tuple[int, ...] = ()
 
 
-@dataclass
-class _Rows:
-    """The rows of the step being planned, as parallel lists, one-token rows apart from longer ones."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    query_lens: list[int] = field(default_factory=list)
-
-    def add(self, sequence: Sequence, query_len: int) -> None:
-        self.sequences.append(sequence)
-        self.query_lens.append(query_len)
-
-
 class Scheduler:
-    """Owns every unfinished sequence; continuous batching, first come, first served.
+    """Owns every unfinished request as a group of sequences; continuous batching, first come, first served.
 
-    `running` sequences own blocks and are in order of arrival; `waiting` ones own none. A preempted sequence returns to
-    the front of `waiting`, loses its blocks and is recomputed later (section 4.5); the latest arrival is preempted
-    first, and nothing is admitted in a step that had to preempt. The oldest sequence can therefore always go on.
+    `running` groups own blocks; `running` and `preempted` are in order of arrival. The latest arrival is preempted first,
+    with all its sequences (section 4.5), and nothing is admitted while a group is preempted or in a step that had to
+    preempt. The oldest group can therefore always go on.
 
     A sequence has tokens and computed tokens; a step computes some of the difference. Prompts, their chunks, decodes
     and recomputation are this one case. `schedule` may be called before the step before has been committed: what that
@@ -73,76 +55,88 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, blocks: BlockManager, buffers: list[Int32Array]) -> None:
         self.config = config
         self.blocks = blocks
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.num_steps = 0
+        self.waiting: deque[SequenceGroup] = deque()
+        self.preempted: list[SequenceGroup] = []
+        self.running: list[SequenceGroup] = []
         self.num_preemptions = 0
-        self.num_preempted = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
-        self._buffers = buffers
+        self._packer = StepPacker(blocks, config.max_num_seqs, config.decode_batch_sizes, buffers)
+        self._seq_ids = itertools.count()
         self._watermark_blocks = int(blocks.num_blocks * WATERMARK)
-        self._sampling_table = np.zeros((config.max_num_seqs, NUM_SAMPLING_COLUMNS), dtype=np.int32)
-        self._free_slots = list(range(config.max_num_seqs))
-        self._num_with_extras = 0
-        self._refused_at: tuple[int, int] | None = None  # sequence that had no room, and the free blocks there were
+        self._num_reserved_rows = 0  # the widths of the running groups
+        self._with_trunk: list[SequenceGroup] = []  # running groups whose common tokens are being computed
+        self._refused_at: tuple[SequenceGroup, int] | None = None  # group that had no room, and the free blocks then
 
     # ------------------------------------------------------------------ requests in, requests out
 
-    def check_fits(self, num_prompt_tokens: int, max_total_tokens: int) -> None:
-        """Raise RequestError for a request that could not finish even with the whole pool to itself."""
-        needed = self.blocks.blocks_needed(max_total_tokens - 1)  # the last token drawn is never written
-        if needed > self.blocks.num_blocks:
+    def check_fits(self, num_prompt_tokens: int, max_total_tokens: int, width: int = 1) -> None:
+        """Raise RequestError for a request of `width` sequences that could not finish even with the whole pool to itself."""
+        if width > self.config.max_num_seqs:
             raise RequestError(
-                f"prompt of {num_prompt_tokens} tokens with up to {max_total_tokens - num_prompt_tokens} more needs {needed} "
+                f"n, best_of and beam_width must be at most {self.config.max_num_seqs} (max_num_seqs), got {width}"
+            )
+        needed = blocks_of_group(self.blocks, num_prompt_tokens, max_total_tokens, width)
+        if needed > self.blocks.num_blocks:
+            more = f"up to {max_total_tokens - num_prompt_tokens} more"
+            raise RequestError(
+                f"prompt of {num_prompt_tokens} tokens with {more if width == 1 else f'{width} times {more}'} needs {needed} "
                 f"KV-cache blocks of {self.blocks.block_size} tokens, but the pool has {self.blocks.num_blocks}; "
-                "shorten the prompt or lower max_tokens"
+                f"shorten the prompt or lower max_tokens{'' if width == 1 else ' or the number of sequences'}"
             )
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
-        self.waiting.append(sequence)
+    def new_seq_id(self) -> int:
+        """An id for a sequence; they grow, and order groups by arrival."""
+        return next(self._seq_ids)
 
-    def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
-        """End an unfinished sequence wherever it is; its blocks are back in the pool on return.
+    def add(self, group: SequenceGroup) -> None:
+        """Queue a new group."""
+        self.waiting.append(group)
+
+    def abort(self, group: SequenceGroup, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End an unfinished group wherever it is; its blocks are back in the pool on return.
 
         A launched step may still be writing to them. Steps run in order, so that is over before a later step can use them.
         """
-        if sequence.status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-            self._release(sequence)
-        else:
-            self.waiting.remove(sequence)
-            self.num_preempted -= sequence.status is SequenceStatus.PREEMPTED
-        sequence.status = SequenceStatus.FINISHED
-        sequence.finish_reason = reason
+        self._vacate(group)
+        self._forget(group)
+        group.finish_reason = reason
+        for seq in group.sequences:
+            seq.finish_reason, seq.valid_from = reason, NEVER
+
+    def end_sequence(self, sequence: Sequence) -> list[TokenOutput]:
+        """End one unfinished sequence of a group, with the reason STOP."""
+        self._end_sequence(sequence, FinishReason.STOP)
+        return self._final_outputs(sequence, [], [])
 
     def has_unfinished(self) -> bool:
-        return bool(self.running or self.waiting)
-
-    def unfinished(self) -> Iterable[Sequence]:
-        return [*self.running, *self.waiting]
+        return bool(self.running or self.waiting or self.preempted)
 
     # ------------------------------------------------------------------ planning a step
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or return None when no sequence has anything to compute now."""
         budget = self.config.max_num_batched_tokens
-        decodes, chunks = _Rows(), _Rows()
-        preempted, budget = self._schedule_running(decodes, chunks, budget)
-        if not preempted and self.waiting and budget > 0:
+        decodes, chunks = Rows(), Rows()
+        has_preempted, budget = self._schedule_running(decodes, chunks, budget)
+        if not has_preempted and budget > 0 and (self.preempted or self.waiting):
             self._admit(decodes, chunks, budget)
+        branching = self._branch(decodes, chunks) if self._with_trunk else []
         if not decodes.sequences and not chunks.sequences:
             return None
-        return self._build_plan(decodes.sequences + chunks.sequences, decodes.query_lens + chunks.query_lens)
+        rows = Rows(decodes.sequences + chunks.sequences, decodes.query_lens + chunks.query_lens)
+        plan = self._packer.pack(rows)
+        for group in branching:
+            group.fork_tables(self.blocks)
+        return plan
 
-    def _schedule_running(self, decodes: _Rows, chunks: _Rows, budget: int) -> tuple[bool, int]:
-        """Give every running sequence its share, oldest first, preempting the latest where blocks run out."""
+    def _schedule_running(self, decodes: Rows, chunks: Rows, budget: int) -> tuple[bool, int]:
+        """Give every running sequence its share, oldest first, preempting the latest groups where blocks run out."""
         sequences: list[Sequence] = []
         query_lens: list[int] = []
-        for seq in self.running:
+        for seq in [seq for group in self.running for seq in group.active]:
             num_tokens = len(seq.token_ids) + seq.num_in_flight
             pending = num_tokens - seq.num_computed_tokens
             if num_tokens >= seq.max_total_tokens:
@@ -154,43 +148,47 @@ class Scheduler:
             budget -= pending
             sequences.append(seq)
             query_lens.append(pending)
-        ends = [seq.num_computed_tokens + n for seq, n in zip(sequences, query_lens, strict=True)]
+        starts = [seq.num_computed_tokens for seq in sequences]
+        ends = [start + n for start, n in zip(starts, query_lens, strict=True)]
         ids = [seq.seq_id for seq in sequences]
-        done, preempted = 0, False
+        done, has_preempted = 0, False
         while True:
-            done += self.blocks.grow_many(ids[done:], ends[done:])
+            done += self.blocks.grow_many(ids[done:], ends[done:], starts[done:])
             if done == len(ids):
                 break
-            preempted = True
-            victim = self.running.pop()
+            has_preempted = True
+            victim = self.running[-1]
             self._preempt(victim)
-            if victim is sequences[-1]:
-                for entries in (sequences, query_lens, ids, ends):
+            while sequences and sequences[-1].group is victim:
+                for entries in (sequences, query_lens, ids, ends, starts):
                     entries.pop()
+            done = min(done, len(ids))
         for seq, query_len in zip(sequences, query_lens, strict=True):
             (decodes if query_len == 1 else chunks).add(seq, query_len)
-        return preempted, budget
+        return has_preempted, budget
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks away; it is recomputed from its tokens when there is room again."""
-        self._release(sequence)
-        sequence.status = SequenceStatus.PREEMPTED
-        sequence.num_computed_tokens = 0
+    def _preempt(self, group: SequenceGroup) -> None:
+        """Take a running group's blocks away; it is recomputed from its tokens when there is room again."""
+        self._vacate(group)
+        group.restart()
+        group.status = GroupStatus.PREEMPTED
+        bisect.insort(self.preempted, group, key=lambda other: other.arrival)
         self.num_preemptions += 1
-        self.num_preempted += 1
-        self.waiting.appendleft(sequence)
 
-    def _admit(self, decodes: _Rows, chunks: _Rows, budget: int) -> None:
-        """Admit waiting sequences in order while rows, tokens and blocks last."""
-        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            seq = self.waiting[0]
-            if seq.num_in_flight:
+    def _admit(self, decodes: Rows, chunks: Rows, budget: int) -> None:
+        """Admit groups in order while rows, tokens and blocks last: those that were preempted, then new ones."""
+        while budget > 0 and (self.preempted or self.waiting):
+            group = self.preempted[0] if self.preempted else self.waiting[0]
+            if self._num_reserved_rows + group.width > self.config.max_num_seqs:
+                return
+            if group.has_draws_in_flight:
                 return  # preempted while a step that draws its next token is running
             free_blocks = self.blocks.num_free_blocks
             if self.running and self._refused_at is not None:
                 refused, free_then = self._refused_at
-                if refused == seq.seq_id and free_blocks <= free_then:
+                if refused is group and free_blocks <= free_then:
                     return  # matching its prefix again would cost its length every step, for nothing
+            seq = group.begin()
             num_tokens = len(seq.token_ids)
             self.blocks.add(seq.seq_id)
             cached = 0
@@ -201,113 +199,68 @@ class Scheduler:
             if query_len < num_tokens - cached and not self.config.enable_chunked_prefill:
                 self.blocks.release(seq.seq_id)
                 return
-            if not self._has_room(seq, num_tokens, cached):
+            if not self._has_room(group, seq, cached):
                 self.blocks.release(seq.seq_id)
-                self._refused_at = (seq.seq_id, free_blocks)
+                self._refused_at = (group, free_blocks)
                 return
             self._refused_at = None
-            self.num_preempted -= seq.status is SequenceStatus.PREEMPTED
-            self.waiting.popleft()
-            if seq.status is SequenceStatus.WAITING:
-                seq.num_cached_tokens = cached
+            if group.status is GroupStatus.WAITING:
+                group.num_cached_tokens = cached
                 self.num_prefix_queries += num_tokens
                 self.num_prefix_hits += cached
-            self._start(seq, cached)
+            seq.num_computed_tokens = cached
+            self._start(group)
             budget -= query_len
             (decodes if query_len == 1 else chunks).add(seq, query_len)
 
-    def _has_room(self, sequence: Sequence, num_tokens: int, cached: int) -> bool:
-        """Take all blocks of the tokens the sequence has: a sequence is admitted whole or not at all."""
-        if not self.blocks.grow(sequence.seq_id, num_tokens, cached):
+    def _has_room(self, group: SequenceGroup, sequence: Sequence, cached: int) -> bool:
+        """Take all blocks of the tokens there are: a group is admitted whole or not at all."""
+        if not self.blocks.grow(sequence.seq_id, len(sequence.token_ids), cached):
             return False
-        return not self.running or self.blocks.num_free_blocks >= self._watermark_blocks
-
-    def _start(self, sequence: Sequence, cached: int) -> None:
-        sequence.status = SequenceStatus.RUNNING
-        sequence.num_computed_tokens = cached
-        sequence.slot = self._free_slots.pop()
-        params = sequence.request.sampling_params
-        self._sampling_table[sequence.slot] = pack_sampling_row(params, sequence.seed)
-        self._num_with_extras += needs_extras(params)
-        self.running.append(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.seq_id)
-        self._free_slots.append(sequence.slot)
-        self._num_with_extras -= needs_extras(sequence.request.sampling_params)
-        sequence.slot = -1
-
-    # ------------------------------------------------------------------ the packed buffer
-
-    def _build_plan(self, sequences: list[Sequence], query_lens: list[int]) -> StepPlan:
-        """Write the step's buffer and move the sequences' counters to where the step will have brought them."""
-        num_rows, num_tokens = self._padded_size(len(sequences), sum(query_lens))
-        computed = [seq.num_computed_tokens for seq in sequences]
-        ends = [start + n for start, n in zip(computed, query_lens, strict=True)]
-        width = self.blocks.blocks_needed(max(ends))
-        layout = StepLayout(num_tokens, num_rows, width)
-        buffer = self._buffers[self.num_steps % len(self._buffers)]
-        used = self.blocks.fill_step(
-            buffer,
-            num_rows=num_rows,
-            num_tokens=num_tokens,
-            table_width=width,
-            seq_ids=[seq.seq_id for seq in sequences],
-            num_computed=computed,
-            query_lens=query_lens,
-            token_ids=[seq.token_ids for seq in sequences],
-            last_rows=[seq.last_row for seq in sequences],
+        return not self.running or (
+            self.blocks.num_free_blocks >= self._watermark_blocks + group.blocks_to_branch(self.blocks)
         )
-        samples: list[bool] = []
-        draws: list[int] = []
-        for row, seq in enumerate(sequences):
-            total = len(seq.token_ids) + seq.num_in_flight
-            draws.append(total - seq.num_prompt_tokens)
-            seq.num_computed_tokens = end = ends[row]
-            if end == total:
-                samples.append(True)
-                seq.num_in_flight += 1
-                seq.last_row = row
-            else:
-                samples.append(False)
-        used = self._fill_sampling(buffer, layout, used, sequences, draws)
-        plan = StepPlan(self.num_steps, sequences, computed, query_lens, samples, buffer, used)
-        self.num_steps += 1
-        return plan
 
-    def _padded_size(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
-        """The rows and tokens of a step with its padding."""
-        sizes = self.config.decode_batch_sizes
-        if not sizes or num_tokens > num_rows:
-            return num_rows, num_tokens
-        padded = sizes[bisect_left(sizes, num_rows)]
-        return padded, padded
+    def _start(self, group: SequenceGroup) -> None:
+        """Move the group at the head of its queue to the running ones."""
+        if group.status is GroupStatus.WAITING:
+            self.waiting.popleft()
+        else:
+            self.preempted.pop(0)
+        group.status = GroupStatus.RUNNING
+        self._num_reserved_rows += group.width
+        for seq in group.sequences:
+            self._packer.add(seq, group.num_logprobs)
+        if group.trunk is not None:
+            group.trunk.slot = group.lead.slot
+            self._with_trunk.append(group)
+        self.running.append(group)
 
-    def _fill_sampling(
-        self, buffer: Int32Array, layout: StepLayout, used: int, sequences: list[Sequence], draws: list[int]
-    ) -> int:
-        """Write the sampling section and the extras; return where the buffer ends."""
-        end = layout.sampling + layout.num_rows * NUM_SAMPLING_COLUMNS
-        rows = buffer[layout.sampling : end].reshape(layout.num_rows, NUM_SAMPLING_COLUMNS)
-        rows[len(sequences) :] = _PADDING_SAMPLING
-        rows = rows[: len(sequences)]
-        np.take(self._sampling_table, [seq.slot for seq in sequences], axis=0, out=rows, mode="clip")
-        rows[:, SamplingColumn.DRAW_INDEX] = draws
-        buffer[_ANY_RANDOM] = rows[:, SamplingColumn.TEMPERATURE].any()
-        buffer[_MAX_LOGPROBS] = rows[:, SamplingColumn.NUM_LOGPROBS].max()
-        if self._num_with_extras:
-            extras = pack_extras(
-                [
-                    (row, seq, draws[row])
-                    for row, seq in enumerate(sequences)
-                    if needs_extras(seq.request.sampling_params, draws[row])
-                ]
-            )
-            if extras is not None:
-                buffer[used : used + len(extras)] = extras
-                buffer[_EXTRAS_OFFSET], buffer[_NUM_EXTRAS] = used, len(extras)
-                used += len(extras)
-        return used
+    def _branch(self, decodes: Rows, chunks: Rows) -> list[SequenceGroup]:
+        """Where the common tokens of a group end with this step, add a row for each sequence that draws behind them.
+
+        These rows come last: they belong behind the row that computes their token. Returns the groups that branch.
+        """
+        branching: list[SequenceGroup] = []
+        trunks = Rows()
+        for rows in (decodes, chunks):
+            for at in reversed(range(len(rows))):
+                seq = rows.sequences[at]
+                ends = seq.num_computed_tokens + rows.query_lens[at] == len(seq.token_ids)
+                if ends and seq.group.trunk is seq:
+                    trunks.add(*rows.pop(at))
+        for trunk, query_len in zip(trunks.sequences, trunks.query_lens, strict=True):
+            group = trunk.group
+            num_before = len(group.sequences)
+            self._with_trunk.remove(group)
+            row_owner, *others = group.branch(self.new_seq_id)
+            for seq in group.sequences[num_before:]:
+                self._packer.add(seq, group.num_logprobs)
+            chunks.add(row_owner, query_len)
+            for seq in others:
+                chunks.add(seq, 0)
+            branching.append(group)
+        return branching
 
     # ------------------------------------------------------------------ what became of a step
 
@@ -316,21 +269,22 @@ class Scheduler:
         outputs: list[TokenOutput] = []
         token_ids = result.token_ids.tolist()
         block_size = self.blocks.block_size
-        finished = False
+        step_id = plan.step_id
         for row, (seq, start, n, samples) in enumerate(
             zip(plan.sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
         ):
-            seq.num_in_flight -= samples
-            if seq.status is SequenceStatus.FINISHED:
+            if step_id < seq.valid_from:
                 continue
+            seq.num_in_flight -= samples
             token = token_ids[row]
+            group = seq.group
             if samples and token < 0:  # its K/V may be as bad as its logits: nothing of it is registered
                 outputs.append(
-                    self.fail(seq, NonFiniteLogitsError("the model's logits for this request were not finite"))
+                    self.fail(group, NonFiniteLogitsError("the model's logits for this request were not finite"))
                 )
                 continue
             end = start + n
-            if end // block_size > start // block_size and seq.status is SequenceStatus.RUNNING:
+            if end // block_size > start // block_size and group.status is GroupStatus.RUNNING:
                 self.blocks.commit(seq.seq_id, seq.token_ids, end)
             if start < seq.num_prompt_tokens:
                 self.num_prompt_tokens += min(end, seq.num_prompt_tokens) - start
@@ -343,60 +297,102 @@ class Scheduler:
                 reason = FinishReason.STOP
             elif len(seq.token_ids) >= seq.max_total_tokens:
                 reason = FinishReason.LENGTH
-            if reason is not None:
-                finished = True
-                self._finish(seq, reason)
-            outputs.append(self._output(seq, row, token, reason, result))
-        if finished:
-            self.running = [seq for seq in self.running if seq.status is SequenceStatus.RUNNING]
+            if reason is None and group.is_plain:
+                outputs.append(TokenOutput(group.request_id, seq.index, [token]))
+            else:
+                outputs += self._outputs(seq, row, token, reason, result)
         return outputs
 
-    def _output(
+    def _outputs(
         self, seq: Sequence, row: int, token: int, reason: FinishReason | None, result: StepResult
-    ) -> TokenOutput:
-        request = seq.request
-        wanted = request.sampling_params.logprobs
-        if reason is None and wanted is None:
-            return TokenOutput(request.request_id, 0, [token])
-        stop_reason = token if reason is FinishReason.STOP and token in request.sampling_params.stop_token_ids else None
-        logprobs = None if wanted is None else [_row_logprobs(result, row, wanted)]
-        return TokenOutput(request.request_id, 0, [token], reason, stop_reason, logprobs, seq.num_cached_tokens)
+    ) -> list[TokenOutput]:
+        """End the sequence if there is a reason to, and say what there is to say: nothing yet, where outputs are ranked."""
+        group = seq.group
+        logprobs: list[TokenLogprobs] = []
+        if group.num_logprobs >= 0:
+            logprobs.append(row_logprobs(result, row, group.num_logprobs))
+            seq.cumulative_logprob += logprobs[0].logprob
+        if group.ranks_outputs:
+            seq.logprobs += logprobs
+        if reason is not None:
+            self._end_sequence(seq, reason)
+            return self._final_outputs(seq, [token], logprobs)
+        return [] if group.ranks_outputs else [TokenOutput(group.request_id, seq.index, [token], logprobs=logprobs)]
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence whose last token has been drawn. It may have been preempted while that step ran."""
-        if sequence.status is SequenceStatus.RUNNING:
-            self._release(sequence)
-        else:
-            self.waiting.remove(sequence)
-            self.num_preempted -= 1
-        sequence.status = SequenceStatus.FINISHED
-        sequence.finish_reason = reason
+    def _final_outputs(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenOutput]:
+        """The last message of a sequence that has ended, with these new tokens; where outputs are ranked, all of them at the end."""
+        group = seq.group
+        finished = group.status is GroupStatus.FINISHED
+        if not group.ranks_outputs:
+            return [final_output(seq, token_ids, logprobs, request_finished=finished)]
+        group.held.append(seq)
+        return ranked_outputs(group) if finished else []
 
-    def fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
-        """End an unfinished sequence because of `error`."""
-        self.abort(sequence, FinishReason.ERROR)
-        return TokenOutput(sequence.request.request_id, 0, [], FinishReason.ERROR, error=error)
+    def _end_sequence(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a sequence, wherever its group is, and with the last one the group."""
+        group = seq.group
+        seq.finish_reason, seq.valid_from = reason, NEVER
+        if len(group.sequences) == 1:
+            self._vacate(group)
+            self._forget(group)
+            return
+        if group.trunk is not None:
+            self._restart(group)  # the trunk may be in this sequence's blocks
+        if group.status is GroupStatus.RUNNING:
+            self.blocks.release(seq.seq_id)
+            self._packer.remove(seq)
+        group.sequences.remove(seq)
+
+    def _vacate(self, group: SequenceGroup) -> None:
+        """Take away the blocks and rows that a group owns, if it is running."""
+        if group.status is not GroupStatus.RUNNING:
+            return
+        for seq_id in group.table_ids:
+            self.blocks.release(seq_id)
+        for seq in group.sequences:
+            self._packer.remove(seq)
+        if group.trunk is not None:
+            self._with_trunk.remove(group)
+        self._num_reserved_rows -= group.width
+        self.running.remove(group)
+
+    def _forget(self, group: SequenceGroup) -> None:
+        """Take a group that owns nothing any more off its queue, for good."""
+        if group.status is GroupStatus.WAITING:
+            self.waiting.remove(group)
+        elif group.status is GroupStatus.PREEMPTED:
+            self.preempted.remove(group)
+        group.status = GroupStatus.FINISHED
+
+    def fail(self, group: SequenceGroup, error: Exception) -> TokenOutput:
+        """End an unfinished group because of `error`."""
+        self.abort(group, FinishReason.ERROR)
+        return TokenOutput(group.request_id, 0, [], FinishReason.ERROR, error=error, request_finished=True)
 
     def fail_step(self, plan: StepPlan, error: Exception) -> list[TokenOutput]:
-        """End every unfinished sequence of a step that failed; the others go on."""
-        for seq, samples in zip(plan.sequences, plan.samples, strict=True):
-            seq.num_in_flight -= samples
-        return [self.fail(seq, error) for seq in plan.sequences if seq.status is not SequenceStatus.FINISHED]
+        """End every unfinished group of a step that failed; the others go on."""
+        return [self.fail(group, error) for group in _unfinished_groups(plan)]
 
     def retry_step(self, plan: StepPlan) -> None:
-        """Take back a step that failed through no fault of its unfinished sequences: they are recomputed."""
-        for seq, samples in zip(plan.sequences, plan.samples, strict=True):
-            seq.num_in_flight -= samples
-        for seq in reversed(plan.sequences):
-            if seq.status is SequenceStatus.RUNNING:
-                self.running.remove(seq)
-                self._preempt(seq)
+        """Take back a step that failed through no fault of its unfinished groups: they are recomputed."""
+        for group in _unfinished_groups(plan):
+            self._restart(group)
+
+    def _restart(self, group: SequenceGroup) -> None:
+        """Have an unfinished group recomputed; what launched steps draw for it is dropped."""
+        if group.status is GroupStatus.RUNNING:
+            self._preempt(group)
+        group.restart()
+        group.restarted_at = self._packer.num_steps
+        for seq in group.sequences:
+            seq.num_in_flight = 0
+            seq.valid_from = group.restarted_at
 
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self.running),
-            num_waiting=len(self.waiting) - self.num_preempted,
-            num_preempted=self.num_preempted,
+            num_waiting=len(self.waiting),
+            num_preempted=len(self.preempted),
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_free_blocks,
             num_cached_blocks=self.blocks.num_cached_blocks,
@@ -405,12 +401,13 @@ class Scheduler:
             preemptions_total=self.num_preemptions,
             prompt_tokens_total=self.num_prompt_tokens,
             generation_tokens_total=self.num_generated_tokens,
-            steps_total=self.num_steps,
+            steps_total=self._packer.num_steps,
         )
 
 
-def _row_logprobs(result: StepResult, row: int, wanted: int) -> TokenLogprobs:
-    assert result.chosen_logprobs is not None and result.chosen_ranks is not None
-    assert result.top_logprobs is not None and result.top_token_ids is not None
-    top = zip(result.top_token_ids[row, :wanted].tolist(), result.top_logprobs[row, :wanted].tolist(), strict=True)
-    return TokenLogprobs(float(result.chosen_logprobs[row]), int(result.chosen_ranks[row]), list(top))
+def _unfinished_groups(plan: StepPlan) -> list[SequenceGroup]:
+    """The groups that the step still concerns."""
+    groups = dict.fromkeys(seq.group for seq in plan.sequences)
+    return [
+        group for group in groups if group.status is not GroupStatus.FINISHED and plan.step_id >= group.restarted_at
+    ]

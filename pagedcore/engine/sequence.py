@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from array import array
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from pagedcore.engine.request import Request
 
+if TYPE_CHECKING:
+    from pagedcore.engine.outputs import TokenLogprobs
+    from pagedcore.engine.sequence_group import SequenceGroup
 
-class SequenceStatus(Enum):
-    """Where a sequence is. Only RUNNING ones own blocks."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    PREEMPTED = "preempted"
-    FINISHED = "finished"
+NEVER = 2**62  # a step that is never reached
 
 
 class FinishReason(Enum):
@@ -33,15 +31,20 @@ class Sequence:
     steps whose results the host has not read (0 or 1, since the engine runs one step ahead).
     `num_computed_tokens` counts the tokens whose K/V a launched step has written or will have written when it is done.
     `max_total_tokens` bounds prompt and output together; any of `stop_token_ids` ends the sequence; `seed` keys its draws.
-    `slot` is its row in the scheduler's table of sampling parameters while it runs. `last_row` is the row in the newest
-    launched step that draws this sequence's next token; the next step takes its input id from there, without the host.
+    `index` is its number among the request's outputs. `slot` is its row in the table of sampling parameters while it runs.
+    `last_row` is the row in the newest launched step that draws this sequence's next token; the next step takes its input
+    id from there, without the host. Results of steps before `valid_from` are not its own any more: it has ended, or starts
+    again after a failed step. `cumulative_logprob` and `logprobs` are kept where the request wants or needs them.
     """
 
     __slots__ = (
+        "cumulative_logprob",
         "finish_reason",
+        "group",
+        "index",
         "last_row",
+        "logprobs",
         "max_total_tokens",
-        "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
         "num_prompt_tokens",
@@ -49,27 +52,39 @@ class Sequence:
         "seed",
         "seq_id",
         "slot",
-        "status",
         "stop_token_ids",
         "token_ids",
+        "valid_from",
     )
 
+    group: SequenceGroup
+
     def __init__(
-        self, seq_id: int, request: Request, max_total_tokens: int, stop_token_ids: frozenset[int], seed: int
+        self,
+        seq_id: int,
+        request: Request,
+        max_total_tokens: int,
+        stop_token_ids: frozenset[int],
+        seed: int,
+        index: int = 0,
+        token_ids: array[int] | None = None,
     ) -> None:
+        """`token_ids`: the prompt and what has been output already; None: the prompt."""
         self.seq_id = seq_id
         self.request = request
-        self.token_ids: array[int] = array("i", request.prompt_token_ids)
-        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids: array[int] = array("i", request.prompt_token_ids) if token_ids is None else token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_total_tokens = max_total_tokens
         self.stop_token_ids = stop_token_ids
         self.seed = seed
+        self.index = index
         self.num_computed_tokens = 0
-        self.num_cached_tokens = 0
         self.num_in_flight = 0
         self.last_row = -1
         self.slot = -1
-        self.status = SequenceStatus.WAITING
+        self.valid_from = 0
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -81,3 +96,25 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Sampled tokens the host knows."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The sampled tokens the host knows."""
+        return self.token_ids[self.num_prompt_tokens :].tolist()
+
+    def fork(self, seq_id: int, seed: int, index: int) -> Sequence:
+        """Another sequence of the same request with the same tokens, computed as far, and a block table to be forked."""
+        args = self.request, self.max_total_tokens, self.stop_token_ids
+        child = Sequence(seq_id, *args, seed, index, self.token_ids[:])
+        child.num_computed_tokens = self.num_computed_tokens
+        child.group = self.group
+        return child
+
+    def trunk(self, num_tokens: int) -> Sequence:
+        """The first tokens of this sequence, to be computed in its block table; nothing that is drawn there counts."""
+        args = self.request, self.max_total_tokens, self.stop_token_ids
+        trunk = Sequence(self.seq_id, *args, self.seed, self.index, self.token_ids[:num_tokens])
+        trunk.valid_from = NEVER
+        trunk.slot = self.slot
+        trunk.group = self.group
+        return trunk

@@ -43,8 +43,8 @@ class StepLayout:
     token_ids       [T]       an id, or -1 - r: the token that row r of the previous step drew
     positions       [T]
     slot_mapping    [T]       -1 in padding
-    query_start_loc [R + 1]   padding rows are empty
-    seq_lens        [R]       tokens in the context after this step; 0 in padding rows
+    query_start_loc [R + 1]   padding rows are empty, and rows that draw from the last token of the row before them
+    seq_lens        [R]       tokens in the context after this step; 0 in rows without tokens
     block_tables    [R, W]    unused entries are 0
     sampling        [R, 8]    kernels/ops.h: SamplingColumn
     copies          [C, 2]    copy-on-write: source block, destination block; done before anything is written
@@ -109,8 +109,9 @@ class Header(NamedTuple):
 class StepPlan:
     """One step, decided: row i computes tokens [c, c + n) of sequences[i], c = num_computed_tokens[i], n = num_scheduled_tokens[i].
 
-    Rows that compute one token come first. `samples[i]` says whether the row ends at its sequence's last token, so that the
-    token drawn there counts. `buffer` is the packed form (`used` elements of it), valid until the step after the next one
+    Rows that compute one token come first. A row with n = 0 draws from the last token of the row before it: sequences that
+    are equal up to there are computed once. `samples[i]` says whether the row ends at its sequence's last token, so that
+    the token drawn there counts. `buffer` is the packed form (`used` elements of it), valid until the step after the next one
     is planned; the executor reads nothing else.
     """
 

@@ -182,14 +182,14 @@ def reference_step(
             buffer[layout.positions + token] = position
             buffer[layout.slot_mapping + token] = row.table[position // block_size] * block_size + position % block_size
             token += 1
-        seq_len = row.num_computed + row.query_len
+        seq_len = row.num_computed + row.query_len if row.query_len else 0
         buffer[layout.seq_lens + r] = seq_len
         buffer[layout.query_start_loc + r + 1 : layout.seq_lens] = token
         for i in range(-(-seq_len // block_size)):
             buffer[layout.block_tables + r * layout.table_width + i] = row.table[i]
     buffer[layout.copies :] = np.array(copies, np.int32).reshape(-1)
     query_lens = [row.query_len for row in rows]
-    seq_lens = [row.num_computed + row.query_len for row in rows]
+    seq_lens = [row.num_computed + row.query_len for row in rows if row.query_len]
     header = Header(
         num_tokens=layout.num_tokens,
         num_rows=layout.num_rows,

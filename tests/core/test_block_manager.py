@@ -89,7 +89,7 @@ def test_refuses_impossible_sizes(arguments: dict[str, int], text: str) -> None:
     [
         lambda manager: manager.match_prefix(5, ids(1), 1, ""),
         lambda manager: manager.grow(5, 1, 0),
-        lambda manager: manager.grow_many([5], [1]),
+        lambda manager: manager.grow_many([5], [1], [0]),
         lambda manager: manager.fork(5, 6),
         lambda manager: manager.release(5),
         lambda manager: manager.commit(5, ids(1), 0),
@@ -114,8 +114,9 @@ def test_misuse_is_a_value_error_and_changes_nothing(manager: BlockManager) -> N
         ("max_tokens", lambda: manager.match_prefix(2, tokens_of(2), -1, "")),
         ("write_from", lambda: manager.grow(1, 3, 4)),
         ("write_from", lambda: manager.grow(1, 3, -1)),
-        ("write_from", lambda: manager.grow_many([1], [0])),
-        ("num_tokens must have 1 elements, got 2", lambda: manager.grow_many([1], [3, 4])),
+        ("write_from", lambda: manager.grow_many([1], [0], [1])),
+        ("num_tokens must have 1 elements, got 2", lambda: manager.grow_many([1], [3, 4], [2])),
+        ("write_from must have 1 elements, got 0", lambda: manager.grow_many([1], [3], [])),
         ("num_computed", lambda: manager.commit(1, tokens_of(3), 9)),
         ("num_computed", lambda: manager.commit(1, tokens_of(3), -1)),
         ("sequence 1 is not swapped out", lambda: manager.swap_in(1)),
@@ -211,9 +212,9 @@ def test_grow_many_stops_at_the_first_without_room(manager: BlockManager) -> Non
     for seq_id, num_tokens in ((1, 4), (2, 20), (3, 4)):
         manager.add(seq_id)
         manager.grow(seq_id, num_tokens, 0)
-    assert manager.grow_many([1, 2, 3], [5, 21, 5]) == 1
+    assert manager.grow_many([1, 2, 3], [5, 21, 5], [4, 20, 4]) == 1
     assert [len(manager.block_table(seq_id)) for seq_id in (1, 2, 3)] == [2, 5, 1]
-    assert manager.grow_many([1, 2, 3], [6, 20, 4]) == 3
+    assert manager.grow_many([1, 2, 3], [6, 20, 4], [5, 19, 3]) == 3
 
 
 # --- copy-on-write
@@ -225,7 +226,7 @@ def test_forks_share_until_they_write_and_the_last_owner_writes_in_place(manager
     manager.fork(1, 2)
     manager.fork(1, 3)
     assert manager.num_free_blocks == 6
-    assert manager.grow_many([1, 2, 3], [7, 7, 7]) == 3
+    assert manager.grow_many([1, 2, 3], [7, 7, 7], [6, 6, 6]) == 3
     assert [manager.block_table(seq_id) for seq_id in (1, 2, 3)] == [[0, 2], [0, 3], [0, 1]]
     assert sorted(take_copies(manager)) == [(1, 2), (1, 3)]
     assert manager.num_free_blocks == 4

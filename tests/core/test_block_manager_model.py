@@ -119,7 +119,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 continue
             end = sequence.num_computed + query_len
             if query_len == 1:
-                grown = self.manager.grow_many([seq_id], [end]) == 1
+                grown = self.manager.grow_many([seq_id], [end], [end - 1]) == 1
             else:
                 grown = self.manager.grow(seq_id, end, sequence.num_computed)
             assert grown == self.reference.grow(seq_id, end, sequence.num_computed)

@@ -28,6 +28,8 @@ def test_every_element_is_as_the_layout_says(block_size: int, padding: tuple[int
         num_computed, query_len = int(random.integers(0, 60)), int(random.integers(1, 40))
         if seq_id % 2:
             query_len = 1
+        if seq_id % 5 == 4:
+            query_len = 0
         end = num_computed + query_len
         in_flight = seq_id % 3 == 0
         token_ids = random.integers(0, 2**31 - 1, end - in_flight + 3 * (not in_flight)).tolist()
@@ -104,7 +106,8 @@ def test_the_buffer_may_be_exactly_as_large_as_needed() -> None:
         ({"num_tokens": 4}, "does not fit num_rows 2, num_tokens 4"),
         ({"table_width": 2}, "row 1 of the step has more blocks than table_width"),
         ({"table_width": -1}, "table_width -1"),
-        ({"query_lens": [0, 4]}, "row 0 of the step computes no tokens"),
+        ({"query_lens": [0, 4]}, "row 0 of the step computes no tokens, and no row before it does"),
+        ({"query_lens": [1, -1]}, "row 1 of the step computes or has computed fewer tokens than none"),
         ({"num_computed": [6, -1]}, "row 1 of the step"),
         ({"num_computed": [8, 5]}, "row 0 of the step reaches behind the sequence's blocks"),
         ({"num_computed": [2, 5]}, "row 0 of the step writes to a block that is shared"),

@@ -63,14 +63,24 @@ def test_numbers_and_booleans_may_be_text() -> None:
             "skip_special_tokens": "false",
             "seed": "18446744073709551615",
             "stop": "10",
-            "n": "1",
+            "n": "2",
         }
     )
     assert (params.max_tokens, params.min_tokens, params.top_k) == (100, 7, 0)
     assert (params.temperature, params.top_p, params.frequency_penalty) == (0.5, 1.0, -0.1)
     assert params.ignore_eos is True and params.skip_special_tokens is False
-    assert params.seed == 2**64 - 1
+    assert (params.seed, params.n) == (2**64 - 1, 2)
     assert params.stop == ("10",)
+
+
+def test_beam_search_by_either_name_is_the_same() -> None:
+    own = SamplingParams.from_dict({"beam_width": "4", "n": 2, "temperature": 0, "early_stopping": "True"})
+    other = SamplingParams(use_beam_search=True, best_of=4, n=2, temperature=0, early_stopping=True)
+    assert own == other and own.use_beam_search and own.beam_width == own.num_sequences == 4
+    assert SamplingParams(use_beam_search=True, n=3, temperature=0).beam_width == 3
+    assert SamplingParams(beam_width=2, temperature=0, early_stopping="never").ranks_outputs
+    best = SamplingParams(n=2, best_of=5)
+    assert (best.num_sequences, best.ranks_outputs, SamplingParams(n=5).ranks_outputs) == (5, True, False)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -111,10 +121,29 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": list(range(129))}, r"stop_token_ids must hold at most 128 ids, got 129"),
     ({"ignore_eos": 1}, r"ignore_eos must be true or false, got 1"),
     ({"ignore_eos": "yes"}, r"ignore_eos must be true or false, got 'yes'"),
-    ({"n": 4}, r"n must be 1 in this version, got 4"),
-    ({"n": True}, r"n must be 1 in this version, got True"),
-    ({"use_beam_search": True}, r"use_beam_search must be false in this version, got True"),
-    ({"best_of": 2}, r"best_of is not supported in this version and must be left out, got 2"),
+    ({"n": 0}, r"n must be an integer in \[1, 64\], got 0"),
+    ({"n": 65}, r"n must be an integer in \[1, 64\], got 65"),
+    ({"n": True}, r"n must be an integer in \[1, 64\], got True"),
+    ({"best_of": 65}, r"best_of must be an integer in \[1, 64\], got 65"),
+    ({"n": 3, "best_of": 2}, r"best_of must be at least n \(3\), got 2"),
+    ({"best_of": 2, "stop": "a"}, r"stop must be empty when best_of is above n .* got \('a',\)"),
+    ({"length_penalty": 0.5}, r"length_penalty needs use_beam_search or beam_width, got 0.5"),
+    ({"early_stopping": True}, r"early_stopping needs use_beam_search or beam_width, got True"),
+    ({"beam_width": 1, "temperature": 0}, r"beam_width must be an integer in \[2, 64\], got 1"),
+    ({"beam_width": 65, "temperature": 0}, r"beam_width must be an integer in \[2, 64\], got 65"),
+    ({"use_beam_search": True, "temperature": 0}, r"n must be in \[2, 64\] with beam search, got 1"),
+    (
+        {"use_beam_search": True, "best_of": 1, "temperature": 0},
+        r"best_of must be in \[2, 64\] with beam search, got 1",
+    ),
+    ({"beam_width": 4}, r"temperature must be 0 with beam search, got 1"),
+    ({"beam_width": 4, "best_of": 3, "temperature": 0}, r"best_of must be beam_width \(4\) or left out .* got 3"),
+    ({"beam_width": 4, "n": 5, "temperature": 0}, r"n must be in \[1, 4\] \(beam_width\) with beam search, got 5"),
+    ({"beam_width": 4, "temperature": 0, "logprobs": 1}, r"logprobs must be None with beam search, got 1"),
+    ({"beam_width": 4, "temperature": 0, "stop": "a"}, r"stop must be empty with beam search, got \('a',\)"),
+    ({"beam_width": 4, "temperature": 0, "presence_penalty": 1}, r"presence_penalty must be 0.0 with beam search"),
+    ({"beam_width": 4, "temperature": 0, "early_stopping": "maybe"}, r'true, false or "never", got \'maybe\''),
+    ({"beam_width": 4, "temperature": 0, "length_penalty": 6}, r"length_penalty must be a number in \[-5, 5\], got 6"),
     ({"prompt_logprobs": 0}, r"prompt_logprobs is not supported"),
     ({"bad_words": ["x"]}, r"bad_words is not supported"),
     ({"logit_bias": {"1": 2.0}}, r"logit_bias is not supported in this version and must be left out, got \{'1': 2.0\}"),

@@ -25,11 +25,23 @@ def _entry(token: int, position: int) -> int:
     return _mix(_mix(1, token), position)
 
 
-def _draw(entries: Sequence[int], sampling: Sequence[int], vocab_size: int) -> int:
-    """The next token: a function of everything in the context and, in a random row, of seed and draw index."""
+def _state(entries: Sequence[int]) -> int:
+    """Everything in the context."""
     state = _ROOT
     for entry in entries:
         state = _mix(state, entry)
+    return state
+
+
+def _logprobs(entries: Sequence[int], vocab_size: int) -> list[float]:
+    """A log probability for every token; nearly all different, in no relation to what `_draw` draws."""
+    state = _state(entries)
+    return [-((_mix(state, token) >> 8) % 100_003) / 4096 for token in range(vocab_size)]
+
+
+def _draw(entries: Sequence[int], sampling: Sequence[int], vocab_size: int) -> int:
+    """The next token: a function of everything in the context and, in a random row, of seed and draw index."""
+    state = _state(entries)
     if sampling[SamplingColumn.TEMPERATURE] != 0:
         for column in (SamplingColumn.SEED_LOW, SamplingColumn.SEED_HIGH, SamplingColumn.DRAW_INDEX):
             state = _mix(state, sampling[column])
@@ -37,16 +49,29 @@ def _draw(entries: Sequence[int], sampling: Sequence[int], vocab_size: int) -> i
 
 
 def reference_tokens(
-    prompt: Sequence[int], max_tokens: int, vocab_size: int, stop_token_ids: frozenset[int] = frozenset()
+    prompt: Sequence[int],
+    max_tokens: int,
+    vocab_size: int,
+    stop_token_ids: frozenset[int] = frozenset(),
+    sampling: Sequence[int] = (0,) * len(SamplingColumn),
 ) -> list[int]:
-    """The greedy continuation of one prompt by the same model, without blocks or batches."""
+    """The continuation of one prompt by the same model, without blocks or batches; `sampling`: a packed row, greedy if zeros."""
     tokens = list(prompt)
+    columns = list(sampling)
     while len(tokens) < len(prompt) + max_tokens:
         entries = [_entry(token, position) for position, token in enumerate(tokens)]
-        tokens.append(_draw(entries, [0] * 8, vocab_size))
+        columns[SamplingColumn.DRAW_INDEX] = len(tokens) - len(prompt)
+        tokens.append(_draw(entries, columns, vocab_size))
         if tokens[-1] in stop_token_ids:
             break
     return tokens[len(prompt) :]
+
+
+def reference_logprob(prompt: Sequence[int], output: Sequence[int], vocab_size: int) -> float:
+    """The cumulative log probability that the model gives an output."""
+    tokens = [*prompt, *output]
+    entries = [_entry(token, position) for position, token in enumerate(tokens)]
+    return sum(_logprobs(entries[:at], vocab_size)[tokens[at]] for at in range(len(prompt), len(tokens)))
 
 
 class _Done:
@@ -75,6 +100,8 @@ class FakeExecutor:
         self.short_steps: set[int] = set()
         self.hang: threading.Event | None = None
         self.num_rows: list[int] = []
+        self.num_tokens: list[int] = []
+        self.num_copies: list[int] = []
         self._vocab_size = vocab_size
         self._kv = np.full(num_blocks * block_size, -1, dtype=object)
         self._block_size = block_size
@@ -95,7 +122,7 @@ class FakeExecutor:
         if self.hang is not None:
             self.hang.wait()
         if plan.step_id in self.fail_steps:
-            self._last_ids = {}
+            self._last_ids = {}  # what a step that was launched behind it refers to is nothing of use
             raise RuntimeError("planted failure")
         buffer = plan.buffer
         header = Header(*buffer[: len(Header._fields)].tolist())
@@ -109,6 +136,8 @@ class FakeExecutor:
         assert (buffer[layout.slot_mapping + header.num_real_tokens : layout.query_start_loc] == -1).all()
         assert (buffer[layout.seq_lens + header.num_real_rows : layout.block_tables] == 0).all()
         ids: dict[int, int] = {}
+        entries: list[int] = []
+        contexts: list[list[int]] = []
         for row in range(header.num_real_rows):
             seq_len = int(buffer[layout.seq_lens + row])
             table_at = layout.block_tables + row * header.table_width
@@ -116,19 +145,30 @@ class FakeExecutor:
             first = seq_len - (starts[row + 1] - starts[row])
             for offset, index in enumerate(range(starts[row], starts[row + 1])):
                 token = int(buffer[layout.token_ids + index])
-                token = self._last_ids[-1 - token] if token < 0 else token
+                token = self._last_ids.get(-1 - token, 0) if token < 0 else token
                 position = int(buffer[layout.positions + index])
                 slot = int(buffer[layout.slot_mapping + index])
                 assert position == first + offset
                 assert slot == table[position // bs] * bs + position % bs
                 self._kv[slot] = _entry(token, position)
-            entries = [self._kv[table[p // bs] * bs + p % bs] for p in range(seq_len)]
+            if starts[row + 1] > starts[row]:  # else it draws from the row before it
+                entries = [self._kv[table[p // bs] * bs + p % bs] for p in range(seq_len)]
             assert -1 not in entries, "read a slot nobody wrote"
             at = layout.sampling + row * len(SamplingColumn)
             ids[row] = _draw(entries, buffer[at : at + len(SamplingColumn)].tolist(), self._vocab_size)
+            contexts.append(entries)
         self._last_ids = ids
         self.num_rows.append(header.num_real_rows)
+        self.num_tokens.append(header.num_real_tokens)
+        self.num_copies.append(header.num_copies)
         if plan.step_id in self.broken_steps:
             ids = dict.fromkeys(ids, -1)
         drawn = [ids[row] for row in range(header.num_real_rows)]
-        return StepResult(np.array(drawn[1:] if plan.step_id in self.short_steps else drawn, dtype=np.int32))
+        token_ids = np.array(drawn[1:] if plan.step_id in self.short_steps else drawn, dtype=np.int32)
+        if header.max_logprobs < 0:
+            return StepResult(token_ids)
+        logprobs = np.array([_logprobs(context, self._vocab_size) for context in contexts], np.float32)
+        chosen = logprobs[np.arange(len(drawn)), drawn]
+        ranks = (logprobs > chosen[:, None]).sum(axis=1, dtype=np.int32) + np.int32(1)
+        top = np.argsort(-logprobs, axis=1, kind="stable")[:, : header.max_logprobs].astype(np.int32)
+        return StepResult(token_ids, chosen, ranks, np.take_along_axis(logprobs, top.astype(np.int64), axis=1), top)

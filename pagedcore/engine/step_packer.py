@@ -1,0 +1,146 @@
+"""Writes a planned step into its packed buffer."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pagedcore._core import BlockManager
+from pagedcore.engine.sampling_extras import needs_extras, pack_extras, pack_sampling_row
+from pagedcore.engine.sequence import Sequence
+from pagedcore.engine.step_plan import (
+    NUM_SAMPLING_COLUMNS,
+    Header,
+    Int32Array,
+    SamplingColumn,
+    StepLayout,
+    StepPlan,
+)
+
+_EXTRAS_OFFSET, _NUM_EXTRAS, _ANY_RANDOM, _MAX_LOGPROBS = (
+    Header._fields.index(name) for name in ("extras_offset", "num_extras", "any_random", "max_logprobs")
+)
+_PADDING_SAMPLING = np.array([-1 if c is SamplingColumn.NUM_LOGPROBS else 0 for c in SamplingColumn], np.int32)
+
+
+@dataclass
+class Rows:
+    """Rows of the step being planned, as parallel lists. A row without tokens draws from the last token of the row before it."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    query_lens: list[int] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, query_len: int) -> None:
+        self.sequences.append(sequence)
+        self.query_lens.append(query_len)
+
+    def pop(self, at: int) -> tuple[Sequence, int]:
+        return self.sequences.pop(at), self.query_lens.pop(at)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+class StepPacker:
+    """Owns the step buffers, which it fills in turn, and the sampling parameters of every running sequence."""
+
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, decode_batch_sizes: tuple[int, ...], buffers: list[Int32Array]
+    ) -> None:
+        """`decode_batch_sizes`: see `SchedulerConfig`."""
+        self.num_steps = 0
+        self._blocks = blocks
+        self._decode_batch_sizes = decode_batch_sizes
+        self._buffers = buffers
+        self._sampling_table = np.zeros((max_num_seqs, NUM_SAMPLING_COLUMNS), dtype=np.int32)
+        self._free_slots = list(range(max_num_seqs))
+        self._num_with_extras = 0
+
+    def add(self, sequence: Sequence, num_logprobs: int) -> None:
+        """Keep the sampling parameters of a sequence that begins to run; `num_logprobs`: -1 for none."""
+        sequence.slot = self._free_slots.pop()
+        params = sequence.request.sampling_params
+        row = self._sampling_table[sequence.slot]
+        row[:] = pack_sampling_row(params, sequence.seed)
+        row[SamplingColumn.NUM_LOGPROBS] = num_logprobs
+        self._num_with_extras += needs_extras(params)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that runs no more."""
+        self._free_slots.append(sequence.slot)
+        self._num_with_extras -= needs_extras(sequence.request.sampling_params)
+        sequence.slot = -1
+
+    def pack(self, rows: Rows) -> StepPlan:
+        """Write the step's buffer and move the sequences' counters to where the step will have brought them."""
+        sequences, query_lens = rows.sequences, rows.query_lens
+        num_rows, num_tokens = self._padded_size(query_lens)
+        computed = [seq.num_computed_tokens for seq in sequences]
+        ends = [start + n for start, n in zip(computed, query_lens, strict=True)]
+        width = self._blocks.blocks_needed(max(ends))
+        layout = StepLayout(num_tokens, num_rows, width)
+        buffer = self._buffers[self.num_steps % len(self._buffers)]
+        used = self._blocks.fill_step(
+            buffer,
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+            table_width=width,
+            seq_ids=[seq.seq_id for seq in sequences],
+            num_computed=computed,
+            query_lens=query_lens,
+            token_ids=[seq.token_ids for seq in sequences],
+            last_rows=[seq.last_row for seq in sequences],
+        )
+        samples: list[bool] = []
+        draws: list[int] = []
+        for row, seq in enumerate(sequences):
+            total = len(seq.token_ids) + seq.num_in_flight
+            draws.append(total - seq.num_prompt_tokens)
+            seq.num_computed_tokens = end = ends[row]
+            if end == total:
+                samples.append(True)
+                seq.num_in_flight += 1
+                seq.last_row = row
+            else:
+                samples.append(False)
+        used = self._fill_sampling(buffer, layout, used, sequences, draws)
+        plan = StepPlan(self.num_steps, sequences, computed, query_lens, samples, buffer, used)
+        self.num_steps += 1
+        return plan
+
+    def _padded_size(self, query_lens: list[int]) -> tuple[int, int]:
+        """The rows and tokens of a step with its padding."""
+        num_rows, num_tokens = len(query_lens), sum(query_lens)
+        sizes = self._decode_batch_sizes
+        if not sizes or num_tokens != num_rows or 0 in query_lens:
+            return num_rows, num_tokens
+        padded = sizes[bisect_left(sizes, num_rows)]
+        return padded, padded
+
+    def _fill_sampling(
+        self, buffer: Int32Array, layout: StepLayout, used: int, sequences: list[Sequence], draws: list[int]
+    ) -> int:
+        """Write the sampling section and the extras; return where the buffer ends."""
+        end = layout.sampling + layout.num_rows * NUM_SAMPLING_COLUMNS
+        rows = buffer[layout.sampling : end].reshape(layout.num_rows, NUM_SAMPLING_COLUMNS)
+        rows[len(sequences) :] = _PADDING_SAMPLING
+        rows = rows[: len(sequences)]
+        np.take(self._sampling_table, [seq.slot for seq in sequences], axis=0, out=rows, mode="clip")
+        rows[:, SamplingColumn.DRAW_INDEX] = draws
+        buffer[_ANY_RANDOM] = rows[:, SamplingColumn.TEMPERATURE].any()
+        buffer[_MAX_LOGPROBS] = rows[:, SamplingColumn.NUM_LOGPROBS].max()
+        if self._num_with_extras:
+            extras = pack_extras(
+                [
+                    (row, seq, draws[row])
+                    for row, seq in enumerate(sequences)
+                    if needs_extras(seq.request.sampling_params, draws[row])
+                ]
+            )
+            if extras is not None:
+                buffer[used : used + len(extras)] = extras
+                buffer[_EXTRAS_OFFSET], buffer[_NUM_EXTRAS] = used, len(extras)
+                used += len(extras)
+        return used
