@@ -120,7 +120,7 @@ class CudaStep:
         attention, ends = inputs.attention(num_tokens, num_rows, max_query_len, self._workspace)
         self._model.embed(inputs.token_ids[:num_tokens], attention.positions, buffers)
         self._model(attention, self._kv_cache.layers, buffers.for_tokens(num_tokens))
-        if num_tokens == num_rows:
+        if max_query_len == 1 and num_tokens == num_rows:
             last = buffers.for_decode(num_rows)
         else:
             buffers.gather_last(ends - 1)
