@@ -1,7 +1,7 @@
-# make serve | test | check | bench | asan | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
+# make serve | test | check | bench | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench asan clean setup-serve setup-test setup-bench
+.PHONY: help setup serve test check bench asan cuda clean setup-serve setup-test setup-bench
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
@@ -29,6 +29,7 @@ help:
 	@echo "make check   ruff, mypy, clang-format"
 	@echo "make bench   the CPU benchmarks, written to benchmarks/results"
 	@echo "make asan    block manager and kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make cuda    compile the CUDA kernels, which needs nvcc and no GPU; 'make test CUDA=ON ARGS=\"-m gpu\"' runs their tests on one"
 	@echo "make setup   only what the others need: .venv (PYTHON= TORCH= CUDA=ON|OFF), tritonserver and the default model"
 
 setup-serve:
@@ -74,6 +75,11 @@ asan: setup-test
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$site \
 	  $(CURDIR)/$(VENV_BIN)/python -S -m pytest -q -p no:cacheprovider --capture=sys $(ASAN_TESTS) $(ARGS)
+
+cuda: setup-test
+	cmake=$(CURDIR)/$(VENV_BIN)/cmake; $$cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV_BIN)/ninja \
+	  -DPAGEDCORE_CUDA=ON -DPython_EXECUTABLE=$(CURDIR)/$(VENV_BIN)/python \
+	  -Dpybind11_DIR=$$($(VENV_BIN)/python -m pybind11 --cmakedir) && $$cmake --build build/cuda --target _kernels
 
 clean:
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
+
+from pagedcore import _kernels
 from pagedcore._core import BlockManager
 from pagedcore.config import EngineConfig
 from pagedcore.engine.engine import Engine, EngineLimits
@@ -106,6 +109,8 @@ def _build(
 
 def _device(asked: str) -> str:
     if asked == "auto":
+        if torch.cuda.is_available() and not _kernels.has_cuda:
+            logger.warning("there is a GPU, but the kernels were built without CUDA (no nvcc then): running on the CPU")
         return "cuda" if has_cuda_device() else "cpu"
     if asked == "cuda" and not has_cuda_device():
         raise ConfigError(
