@@ -1,6 +1,10 @@
 """Prefill and decode speed on the CPU, side by side with transformers and llama.cpp in one run.
 
 Usage: python benchmarks/engine/cpu_engine.py [--repeats 5] [--dtype bfloat16]
+
+"floor" is what the processor could do: the multiplications of linear layers, head and causal attention at the rate of
+dot-product instructions on registers, or reading weights and KV cache once a step at the rate of a plain loop that only
+reads, whichever takes longer; both rates are measured in the same run. Only where the processor has these instructions.
 """
 
 from __future__ import annotations
@@ -11,15 +15,19 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import report
+from benchmarks.kernels.cpu_linear import Ceiling, build_ceiling_program, measure_ceiling
 from benchmarks.peers.llama_cpp_setup import ensure_llama_cpp
 from benchmarks.peers.worker import Case, Times
+from pagedcore import ops
+from pagedcore.models.config import ModelConfig
 from pagedcore.serve.default_model import ensure_default_model
 
 PEERS = Path(__file__).resolve().parents[1] / "peers"
@@ -55,6 +63,37 @@ class Worker:
         return message
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a model of the Llama family has to compute and read, in 16 bits."""
+
+    shape: ModelConfig
+
+    @property
+    def layer_weights(self) -> int:
+        shape = self.shape
+        attention = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        return shape.num_layers * shape.hidden_size * (attention + 3 * shape.intermediate_size)
+
+    @property
+    def head_weights(self) -> int:
+        return self.shape.vocab_size * self.shape.hidden_size
+
+    def prefill_floor(self, case: Case, ceiling: Ceiling) -> float:
+        """Seconds for the prompts of a case."""
+        shape = self.shape
+        attention = 2 * shape.num_layers * shape.num_heads * shape.head_dim * case.context**2
+        operations = 2 * self.layer_weights * case.context + 2 * self.head_weights + attention
+        return case.batch * operations / ceiling.multiply
+
+    def decode_floor(self, case: Case, ceiling: Ceiling) -> float:
+        """Seconds for the tokens of a case after its prompts."""
+        shape, weights = self.shape, self.layer_weights + self.head_weights
+        kv_bytes = 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim * case.batch * case.context
+        step = max((2 * weights + kv_bytes) / ceiling.read, 2 * weights * case.batch / ceiling.multiply)
+        return case.tokens * step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
@@ -67,21 +106,34 @@ def main() -> None:
         "transformers": Worker([sys.executable, str(PEERS / "transformers_worker.py"), model, options.dtype, threads]),
         "llama.cpp": Worker([str(llama_python), str(PEERS / "llama_cpp_worker.py"), str(gguf), threads]),
     }
-    rows: list[report.Row] = []
-    for case in CASES:
-        for worker in workers.values():
-            worker.run(Case(case.batch, case.context, 2))  # warm up
-        times: dict[str, list[Times]] = {name: [] for name in workers}
-        for _ in range(options.repeats):  # alternating, so that a slow minute of the machine hits all alike
-            for name, worker in workers.items():
-                times[name].append(worker.run(case))
-        rows += compare(case, times)
+    work = Work(ModelConfig.from_folder(Path(model)))
+    with tempfile.TemporaryDirectory() as folder:
+        has_floor = options.dtype == "bfloat16" and ops.instruction_set() == "avx512_bf16"
+        program = build_ceiling_program(Path(folder)) if has_floor else None
+        rows = measure(workers, options.repeats, work, program)
     for worker in workers.values():
         worker.close()
     notes = (
         f"SmolLM2-135M, {options.dtype} (llama.cpp: BF16), {threads} threads each, medians of {options.repeats} runs"
     )
     report.write("cpu_engine" if options.dtype == "bfloat16" else f"cpu_engine_{options.dtype}", rows, notes)
+
+
+def measure(workers: dict[str, Worker], repeats: int, work: Work, ceiling_program: Path | None) -> list[report.Row]:
+    """All cases on all workers, and the floor where there is a program that measures it."""
+    rows: list[report.Row] = []
+    for case in CASES:
+        for worker in workers.values():
+            worker.run(Case(case.batch, case.context, 2))  # warm up
+        times: dict[str, list[Times]] = {name: [] for name in workers}
+        for _ in range(repeats):  # alternating, so that a slow minute of the machine hits all alike
+            for name, worker in workers.items():
+                times[name].append(worker.run(case))
+        if ceiling_program is not None:
+            ceiling = measure_ceiling(ceiling_program)
+            times["floor"] = [Times(work.prefill_floor(case, ceiling), work.decode_floor(case, ceiling))]
+        rows += compare(case, times)
+    return rows
 
 
 def compare(case: Case, times: dict[str, list[Times]]) -> list[report.Row]:
