@@ -71,15 +71,18 @@ class BlockManager:
         Cheap when no further block has become full. A block whose prefix and tokens are cached already is not registered again.
         """
 
-    def swap_out(self, seq_id: int) -> list[tuple[int, int]] | None:
-        """Move a sequence to host blocks: the (device, host) pairs to copy, before the next step. None: no room.
+    def swap_out(self, seq_ids: list[int]) -> list[tuple[int, int]] | None:
+        """Move sequences to host blocks: the (device, host) pairs to copy, before the next step. None: no room.
 
-        Blocks that others share are copied for this sequence and stay theirs. Until swap_in, only has and release accept
-        the sequence.
+        A block that several of them share is moved once and stays shared among them. Blocks that others share are copied and
+        stay theirs. Until swap_in, only has and release accept the sequences.
         """
 
-    def swap_in(self, seq_id: int) -> list[tuple[int, int]] | None:
-        """Move a swapped-out sequence back: the (device, host) pairs to copy, before the next step. None: no room."""
+    def swap_in(self, seq_ids: list[int]) -> list[tuple[int, int]] | None:
+        """Move swapped-out sequences back: the (device, host) pairs to copy, before the next step. None: no room."""
+
+    def holding(self, seq_ids: list[int]) -> tuple[int, int]:
+        """How many blocks these sequences hold between them, and how many of those nobody else holds."""
 
     def fill_step(
         self,

@@ -140,11 +140,24 @@ PYBIND11_MODULE(_core, module) {
           },
           py::arg("seq_id"), py::arg("token_ids"), py::arg("num_computed"))
       .def(
-          "swap_out", [](BlockManager& manager, SequenceId seq_id) { return to_pairs(manager.swap_out(seq_id)); },
-          py::arg("seq_id"))
+          "swap_out",
+          [](BlockManager& manager, const std::vector<SequenceId>& seq_ids) {
+            return to_pairs(manager.swap_out(seq_ids));
+          },
+          py::arg("seq_ids"))
       .def(
-          "swap_in", [](BlockManager& manager, SequenceId seq_id) { return to_pairs(manager.swap_in(seq_id)); },
-          py::arg("seq_id"))
+          "swap_in",
+          [](BlockManager& manager, const std::vector<SequenceId>& seq_ids) {
+            return to_pairs(manager.swap_in(seq_ids));
+          },
+          py::arg("seq_ids"))
+      .def(
+          "holding",
+          [](const BlockManager& manager, const std::vector<SequenceId>& seq_ids) {
+            const auto held = manager.holding(seq_ids);
+            return py::make_tuple(held.num_blocks, held.num_exclusive);
+          },
+          py::arg("seq_ids"))
       .def("fill_step", &fill_step_from_lists, py::arg("buffer"), py::kw_only(), py::arg("num_rows"),
            py::arg("num_tokens"), py::arg("table_width"), py::arg("seq_ids"), py::arg("num_computed"),
            py::arg("query_lens"), py::arg("token_ids"), py::arg("last_rows"))

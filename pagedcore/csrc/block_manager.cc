@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <unordered_set>
 #include <utility>
 
 #include "check.h"
@@ -26,6 +27,12 @@ int32_t in_range(const char* name, int64_t value, int64_t low, int64_t high) {
                                 std::to_string(high) + "], got " + std::to_string(value));
   }
   return static_cast<int32_t>(value);
+}
+
+std::span<const SequenceId> distinct(std::span<const SequenceId> ids) {
+  std::unordered_set<SequenceId> seen;
+  for (const SequenceId id : ids) require(seen.insert(id).second, id, "is named twice");
+  return ids;
 }
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
@@ -123,7 +130,12 @@ void BlockManager::commit(SequenceId id, std::span<const int32_t> tokens, int64_
     BlockId block = cache_.find(seq.prefix, block_tokens);
     if (block == kNoBlock) {
       block = seq.blocks[seq.num_committed];
-      require(!cache_.contains(block), "the tokens are not those that a shared block was committed with");
+      if (cache_.contains(block)) {
+        require(cache_.holds(block, block_tokens), "the tokens are not those that a shared block was committed with");
+        // A fork registered it behind an equal prefix that has been evicted since.
+        seq.root.reset();
+        return;
+      }
       cache_.insert(block, seq.prefix, seq.num_committed == 0 ? seq.root : nullptr, block_tokens);
     }
     seq.prefix = cache_.id(block);
@@ -234,36 +246,72 @@ void BlockManager::release_reader(BlockId src) {
 
 // ----------------------------------------------------------------------------------------------------- swapping
 
-std::optional<std::vector<SwapPair>> BlockManager::swap_out(SequenceId id) {
-  Sequence& seq = resident(id);
-  if (std::ssize(seq.blocks) > host_pool_.num_free()) return std::nullopt;
-  std::vector<SwapPair> pairs;
-  std::vector<BlockId> host_blocks;
-  pairs.reserve(seq.blocks.size());
-  host_blocks.reserve(seq.blocks.size());
-  for (const BlockId block : seq.blocks) {
-    host_blocks.push_back(host_pool_.take());
-    pairs.push_back({contents_of(block), host_blocks.back()});
+std::optional<std::vector<SwapPair>> BlockManager::swap_out(std::span<const SequenceId> ids) {
+  std::unordered_map<BlockId, BlockId> host_of;
+  for (const SequenceId id : distinct(ids)) {
+    for (const BlockId block : resident(id).blocks) host_of.try_emplace(block, kNoBlock);
   }
-  drop_table(seq.blocks);
-  seq.blocks = std::move(host_blocks);
-  seq.swapped_out = true;
+  if (std::ssize(host_of) > host_pool_.num_free()) return std::nullopt;
+  std::vector<SwapPair> pairs;
+  pairs.reserve(host_of.size());
+  std::vector<std::vector<BlockId>> tables;
+  for (const SequenceId id : ids) {
+    std::vector<BlockId>& table = tables.emplace_back(resident(id).blocks);
+    for (BlockId& block : table) {
+      BlockId& host_block = host_of.at(block);
+      if (host_block == kNoBlock) {
+        host_block = host_pool_.take();
+        pairs.push_back({contents_of(block), host_block});
+      } else {
+        host_pool_.add_ref(host_block);
+      }
+      block = host_block;
+    }
+  }
+  // Only now: what a block waits for is forgotten when the last table lets go of it.
+  for (size_t i = 0; i < ids.size(); ++i) {
+    Sequence& seq = sequence(ids[i]);
+    drop_table(seq.blocks);
+    seq.blocks = std::move(tables[i]);
+    seq.swapped_out = true;
+  }
   return pairs;
 }
 
-std::optional<std::vector<SwapPair>> BlockManager::swap_in(SequenceId id) {
-  Sequence& seq = sequence(id);
-  require(seq.swapped_out, id, "is not swapped out");
-  if (std::ssize(seq.blocks) > pool_.num_free()) return std::nullopt;
-  std::vector<SwapPair> pairs;
-  pairs.reserve(seq.blocks.size());
-  for (BlockId& block : seq.blocks) {
-    const BlockId host_block = std::exchange(block, take_block());
-    host_pool_.drop_ref(host_block, false);
-    pairs.push_back({block, host_block});
+std::optional<std::vector<SwapPair>> BlockManager::swap_in(std::span<const SequenceId> ids) {
+  std::unordered_map<BlockId, BlockId> device_of;
+  for (const SequenceId id : distinct(ids)) {
+    const Sequence& seq = sequence(id);
+    require(seq.swapped_out, id, "is not swapped out");
+    for (const BlockId block : seq.blocks) device_of.try_emplace(block, kNoBlock);
   }
-  seq.swapped_out = false;
+  if (std::ssize(device_of) > pool_.num_free()) return std::nullopt;
+  std::vector<SwapPair> pairs;
+  pairs.reserve(device_of.size());
+  for (const SequenceId id : ids) {
+    Sequence& seq = sequence(id);
+    for (BlockId& host_block : seq.blocks) {
+      BlockId& block = device_of.at(host_block);
+      if (block == kNoBlock) {
+        block = take_block();
+        pairs.push_back({block, host_block});
+      } else {
+        pool_.add_ref(block);
+      }
+      host_pool_.drop_ref(std::exchange(host_block, block), false);
+    }
+    seq.swapped_out = false;
+  }
   return pairs;
+}
+
+BlockManager::Holding BlockManager::holding(std::span<const SequenceId> ids) const {
+  std::unordered_map<BlockId, int32_t> entries;
+  for (const SequenceId id : distinct(ids)) {
+    for (const BlockId block : resident(id).blocks) ++entries[block];
+  }
+  const auto is_exclusive = [this](const auto& entry) { return num_owners(entry.first) == entry.second; };
+  return {std::ssize(entries), std::ranges::count_if(entries, is_exclusive)};
 }
 
 // ---------------------------------------------------------------------------------------------------- integrity
@@ -289,7 +337,6 @@ void BlockManager::check_references() const {
   for (BlockId block = 0; block < host_pool_.num_blocks(); ++block) {
     check(host_pool_.ref_count(block) == expected_host[block],
           "a host block's reference count is not the number of its table entries");
-    check(expected_host[block] <= 1, "a host block is in two block tables");
   }
 }
 

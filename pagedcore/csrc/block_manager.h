@@ -38,7 +38,8 @@ struct SwapPair {
 //   - Pending copies are independent of each other: no block is written by two or both read and written, so they may
 //   run in any order
 //     or at once. The block written is in a block table.
-//   - A swapped-out sequence owns host blocks only, and alone.
+//   - A swapped-out sequence owns host blocks only. Those swapped out together share host blocks as they shared the
+//     device's.
 //
 // A "no room" is a return value and leaves everything as it was. Misuse throws: UnknownSequence for an id that was not
 // added, std::invalid_argument otherwise. Not thread-safe.
@@ -72,9 +73,17 @@ class BlockManager {
   // Register the blocks full of computed tokens.
   void commit(SequenceId id, std::span<const int32_t> tokens, int64_t num_computed);
 
-  // Move a sequence's blocks to the host or back. Empty optional: no room.
-  std::optional<std::vector<SwapPair>> swap_out(SequenceId id);
-  std::optional<std::vector<SwapPair>> swap_in(SequenceId id);
+  // Move the blocks of some sequences to the host or back; a block that several of them share is moved once and shared
+  // again. Empty optional: no room.
+  std::optional<std::vector<SwapPair>> swap_out(std::span<const SequenceId> ids);
+  std::optional<std::vector<SwapPair>> swap_in(std::span<const SequenceId> ids);
+
+  // The blocks that some sequences hold between them, and how many of those nobody else holds.
+  struct Holding {
+    int64_t num_blocks;
+    int64_t num_exclusive;
+  };
+  Holding holding(std::span<const SequenceId> ids) const;
 
   // Forget every cached prefix; live sequences keep their blocks, and what they compute is not registered any more.
   void reset_prefix_cache();

@@ -55,6 +55,10 @@ void PrefixCache::insert(BlockId block, PrefixId parent, std::shared_ptr<const P
   ++size_;
 }
 
+bool PrefixCache::holds(BlockId block, std::span<const int32_t> tokens) const {
+  return contains(block) && std::ranges::equal(this->tokens(block), tokens);
+}
+
 void PrefixCache::erase(BlockId block) {
   Entry& entry = entries_[block];
   check(entry.id != kNoPrefix, "only a registered block can leave the prefix cache");

@@ -50,7 +50,8 @@ class PrefixCache {
   void erase(BlockId block);
 
   bool contains(BlockId block) const { return entries_[block].id != kNoPrefix; }
-  PrefixId id(BlockId block) const { return entries_[block].id; }  // kNoPrefix: not registered
+  bool holds(BlockId block, std::span<const int32_t> tokens) const;  // behind whatever prefix
+  PrefixId id(BlockId block) const { return entries_[block].id; }    // kNoPrefix: not registered
   int32_t size() const { return size_; }
 
   // Throws std::runtime_error naming the violated invariant.

@@ -10,11 +10,15 @@ from pagedcore.engine.step_plan import Int32Array, StepPlan, StepResult
 
 @dataclass(frozen=True)
 class KVCacheShape:
-    """How many blocks the executor has room for, and what a model needs of them."""
+    """How many blocks the executor has room for, and what a model needs of them.
+
+    `swap_cost_tokens`: how many tokens the device computes in the time in which a block goes to the host and comes back.
+    """
 
     num_blocks: int
     num_host_blocks: int
     block_size: int
+    swap_cost_tokens: float = 0.0
 
 
 class PendingStep(Protocol):

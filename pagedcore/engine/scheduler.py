@@ -20,6 +20,7 @@ from pagedcore.engine.sequence import NEVER, FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup, blocks_of_group
 from pagedcore.engine.step_packer import Rows, StepPacker
 from pagedcore.engine.step_plan import Int32Array, StepPlan, StepResult
+from pagedcore.engine.swap_space import PreemptionMode, SwapSpace
 from pagedcore.errors import NonFiniteLogitsError, RequestError
 
 WATERMARK = 0.01  # share of the blocks that admission leaves free, so that the newcomer is not preempted at once
@@ -30,7 +31,7 @@ class SchedulerConfig:
     """Limits of one step. Without chunked prefill, `max_num_batched_tokens` must be at least the longest sequence.
 
     `decode_batch_sizes`: the numbers of rows, ascending, to which steps that only decode are padded, up to max_num_seqs at
-    least; empty: no padding.
+    least; empty: no padding. `swap_cost_tokens`: see `KVCacheShape`.
     """
 
     max_num_seqs: int
@@ -38,6 +39,8 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     decode_batch_sizes: tuple[int, ...] = ()
+    preemption_mode: PreemptionMode = PreemptionMode.AUTO
+    swap_cost_tokens: float = 0.0
 
 
 class Scheduler:
@@ -64,6 +67,7 @@ class Scheduler:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self._packer = StepPacker(blocks, config.max_num_seqs, config.decode_batch_sizes, buffers)
+        self._swap_space = SwapSpace(blocks, config.preemption_mode, config.swap_cost_tokens)
         self._seq_ids = itertools.count()
         self._watermark_blocks = int(blocks.num_blocks * WATERMARK)
         self._num_reserved_rows = 0  # the widths of the running groups
@@ -100,8 +104,7 @@ class Scheduler:
 
         A launched step may still be writing to them. Steps run in order, so that is over before a later step can use them.
         """
-        self._vacate(group)
-        self._forget(group)
+        self._end_group(group)
         group.finish_reason = reason
         for seq in group.sequences:
             seq.finish_reason, seq.valid_from = reason, NEVER
@@ -127,7 +130,7 @@ class Scheduler:
         if not decodes.sequences and not chunks.sequences:
             return None
         rows = Rows(decodes.sequences + chunks.sequences, decodes.query_lens + chunks.query_lens)
-        plan = self._packer.pack(rows)
+        plan = self._packer.pack(rows, self._swap_space.take())
         for group in branching:
             group.fork_tables(self.blocks)
         return plan
@@ -167,11 +170,17 @@ class Scheduler:
             (decodes if query_len == 1 else chunks).add(seq, query_len)
         return has_preempted, budget
 
-    def _preempt(self, group: SequenceGroup) -> None:
-        """Take a running group's blocks away; it is recomputed from its tokens when there is room again."""
-        self._vacate(group)
-        group.restart()
-        group.status = GroupStatus.PREEMPTED
+    def _preempt(self, group: SequenceGroup, *, may_swap: bool = True) -> None:
+        """Take a running group's blocks away, until there is room again: they go to the host, or are recomputed then."""
+        if may_swap and self._swap_space.swap_out(group):
+            status = GroupStatus.SWAPPED
+        else:
+            status = GroupStatus.PREEMPTED
+            self._release(group)
+        self._stop_running(group)
+        if status is GroupStatus.PREEMPTED:
+            group.restart()
+        group.status = status
         bisect.insort(self.preempted, group, key=lambda other: other.arrival)
         self.num_preemptions += 1
 
@@ -183,6 +192,11 @@ class Scheduler:
                 return
             if group.has_draws_in_flight:
                 return  # preempted while a step that draws its next token is running
+            if group.status is GroupStatus.SWAPPED:
+                # With running groups but no rows there would be no step to carry it out before one of them needs the room.
+                if (self.running and not decodes and not chunks) or not self._swap_in(group):
+                    return
+                continue  # its rows come with the next step, which is free to preempt
             free_blocks = self.blocks.num_free_blocks
             if self.running and self._refused_at is not None:
                 refused, free_then = self._refused_at
@@ -212,6 +226,16 @@ class Scheduler:
             self._start(group)
             budget -= query_len
             (decodes if query_len == 1 else chunks).add(seq, query_len)
+
+    def _swap_in(self, group: SequenceGroup) -> bool:
+        """Bring a group's blocks back, if there is room for them and for going on."""
+        wanted = group.num_swapped_blocks + group.blocks_to_go_on(self.blocks) + self._watermark_blocks
+        if self.running and wanted > self.blocks.num_free_blocks:
+            return False
+        if not self._swap_space.swap_in(group):
+            return False
+        self._start(group)
+        return True
 
     def _has_room(self, group: SequenceGroup, sequence: Sequence, cached: int) -> bool:
         """Take all blocks of the tokens there are: a group is admitted whole or not at all."""
@@ -333,22 +357,36 @@ class Scheduler:
         group = seq.group
         seq.finish_reason, seq.valid_from = reason, NEVER
         if len(group.sequences) == 1:
-            self._vacate(group)
-            self._forget(group)
+            self._end_group(group)
             return
         if group.trunk is not None:
             self._restart(group)  # the trunk may be in this sequence's blocks
-        if group.status is GroupStatus.RUNNING:
+        if group.status in (GroupStatus.RUNNING, GroupStatus.SWAPPED):
             self.blocks.release(seq.seq_id)
+        if group.status is GroupStatus.RUNNING:
             self._packer.remove(seq)
         group.sequences.remove(seq)
 
-    def _vacate(self, group: SequenceGroup) -> None:
-        """Take away the blocks and rows that a group owns, if it is running."""
-        if group.status is not GroupStatus.RUNNING:
-            return
-        for seq_id in group.table_ids:
-            self.blocks.release(seq_id)
+    def _end_group(self, group: SequenceGroup) -> None:
+        """Take a group off its queue, for good, and its blocks back."""
+        self._release(group)
+        if group.status is GroupStatus.RUNNING:
+            self._stop_running(group)
+        elif group.status is GroupStatus.WAITING:
+            self.waiting.remove(group)
+        else:
+            self.preempted.remove(group)
+        group.status = GroupStatus.FINISHED
+
+    def _release(self, group: SequenceGroup) -> None:
+        """Give back the blocks that a group owns, of the device or of the host."""
+        if group.status in (GroupStatus.RUNNING, GroupStatus.SWAPPED):
+            self._swap_space.forget(group)
+            for seq_id in group.table_ids:
+                self.blocks.release(seq_id)
+
+    def _stop_running(self, group: SequenceGroup) -> None:
+        """Take a group off the running ones, and its rows back."""
         for seq in group.sequences:
             self._packer.remove(seq)
         if group.trunk is not None:
@@ -356,32 +394,35 @@ class Scheduler:
         self._num_reserved_rows -= group.width
         self.running.remove(group)
 
-    def _forget(self, group: SequenceGroup) -> None:
-        """Take a group that owns nothing any more off its queue, for good."""
-        if group.status is GroupStatus.WAITING:
-            self.waiting.remove(group)
-        elif group.status is GroupStatus.PREEMPTED:
-            self.preempted.remove(group)
-        group.status = GroupStatus.FINISHED
-
     def fail(self, group: SequenceGroup, error: Exception) -> TokenOutput:
         """End an unfinished group because of `error`."""
         self.abort(group, FinishReason.ERROR)
         return TokenOutput(group.request_id, 0, [], FinishReason.ERROR, error=error, request_finished=True)
 
     def fail_step(self, plan: StepPlan, error: Exception) -> list[TokenOutput]:
-        """End every unfinished group of a step that failed; the others go on."""
-        return [self.fail(group, error) for group in _unfinished_groups(plan)]
+        """End every group that the step was to compute; those it was only to swap are recomputed, the others go on."""
+        outputs = [self.fail(group, error) for group in _unfinished_groups(plan)]
+        self._restart_swapped(plan)
+        return outputs
 
     def retry_step(self, plan: StepPlan) -> None:
         """Take back a step that failed through no fault of its unfinished groups: they are recomputed."""
         for group in _unfinished_groups(plan):
             self._restart(group)
+        self._restart_swapped(plan)
+
+    def _restart_swapped(self, plan: StepPlan) -> None:
+        for group in plan.swapped:
+            if group.status is not GroupStatus.FINISHED and plan.step_id >= group.restarted_at:
+                self._restart(group)
 
     def _restart(self, group: SequenceGroup) -> None:
         """Have an unfinished group recomputed; what launched steps draw for it is dropped."""
         if group.status is GroupStatus.RUNNING:
-            self._preempt(group)
+            self._preempt(group, may_swap=False)
+        elif group.status is GroupStatus.SWAPPED:
+            self._release(group)
+            group.status = GroupStatus.PREEMPTED
         group.restart()
         group.restarted_at = self._packer.num_steps
         for seq in group.sequences:
@@ -393,12 +434,18 @@ class Scheduler:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_preempted=len(self.preempted),
+            num_swapped=sum(group.status is GroupStatus.SWAPPED for group in self.preempted),
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_free_blocks,
             num_cached_blocks=self.blocks.num_cached_blocks,
+            num_host_blocks=self.blocks.num_host_blocks,
+            num_free_host_blocks=self.blocks.num_free_host_blocks,
             prefix_cache_queries_total=self.num_prefix_queries,
             prefix_cache_hits_total=self.num_prefix_hits,
             preemptions_total=self.num_preemptions,
+            swapped_out_blocks_total=self._swap_space.num_blocks_out,
+            swapped_in_blocks_total=self._swap_space.num_blocks_in,
+            prefix_cache_evictions_total=self.blocks.num_evictions,
             prompt_tokens_total=self.num_prompt_tokens,
             generation_tokens_total=self.num_generated_tokens,
             steps_total=self._packer.num_steps,

@@ -44,6 +44,7 @@ class SequenceGroup:
         "num_cached_tokens",
         "num_logprobs",
         "num_outputs",
+        "num_swapped_blocks",
         "ranks_outputs",
         "request_id",
         "restarted_at",
@@ -73,6 +74,7 @@ class SequenceGroup:
             self.num_logprobs = max(self.num_logprobs, 0)
         self.is_plain = self.num_logprobs < 0  # a token is all there is to say about a step
         self.num_cached_tokens = 0
+        self.num_swapped_blocks = 0  # when it was last swapped out
         self.restarted_at = 0
         self.status = GroupStatus.WAITING
         self.finish_reason: FinishReason | None = None  # why the group ended, unless its sequences did so by themselves
@@ -134,6 +136,13 @@ class SequenceGroup:
         last = self.lead.max_total_tokens - 1  # the last token drawn is never written
         own = sum(blocks.blocks_needed(min(length + 1, last)) - num_shared for length in lengths)
         return num_shared + own - blocks.blocks_needed(num_common)
+
+    def blocks_to_go_on(self, blocks: BlockManager) -> int:
+        """The most blocks that the group will take for a step, beyond those it holds."""
+        return sum(
+            1 + blocks.blocks_needed(seq.num_tokens) - blocks.blocks_needed(seq.num_computed_tokens)
+            for seq in self.sequences
+        )
 
     def restart(self) -> None:
         """Forget what has been computed."""

@@ -17,10 +17,12 @@ from pagedcore.engine.step_plan import (
     SamplingColumn,
     StepLayout,
     StepPlan,
+    Swaps,
 )
 
-_EXTRAS_OFFSET, _NUM_EXTRAS, _ANY_RANDOM, _MAX_LOGPROBS = (
-    Header._fields.index(name) for name in ("extras_offset", "num_extras", "any_random", "max_logprobs")
+_EXTRAS_OFFSET, _NUM_EXTRAS, _ANY_RANDOM, _MAX_LOGPROBS, _NUM_SWAP_OUTS, _NUM_SWAP_INS = (
+    Header._fields.index(name)
+    for name in ("extras_offset", "num_extras", "any_random", "max_logprobs", "num_swap_outs", "num_swap_ins")
 )
 _PADDING_SAMPLING = np.array([-1 if c is SamplingColumn.NUM_LOGPROBS else 0 for c in SamplingColumn], np.int32)
 
@@ -73,7 +75,7 @@ class StepPacker:
         self._num_with_extras -= needs_extras(sequence.request.sampling_params)
         sequence.slot = -1
 
-    def pack(self, rows: Rows) -> StepPlan:
+    def pack(self, rows: Rows, swaps: Swaps | None) -> StepPlan:
         """Write the step's buffer and move the sequences' counters to where the step will have brought them."""
         sequences, query_lens = rows.sequences, rows.query_lens
         num_rows, num_tokens = self._padded_size(query_lens)
@@ -105,8 +107,14 @@ class StepPacker:
                 seq.last_row = row
             else:
                 samples.append(False)
+        if swaps is not None:
+            for count, pairs in ((_NUM_SWAP_OUTS, swaps.outs), (_NUM_SWAP_INS, swaps.ins)):
+                buffer[count] = len(pairs)
+                buffer[used : used + pairs.size] = pairs.reshape(-1)
+                used += pairs.size
         used = self._fill_sampling(buffer, layout, used, sequences, draws)
-        plan = StepPlan(self.num_steps, sequences, computed, query_lens, samples, buffer, used)
+        swapped = () if swaps is None else tuple(swaps.groups)
+        plan = StepPlan(self.num_steps, sequences, computed, query_lens, samples, buffer, used, swapped)
         self.num_steps += 1
         return plan
 

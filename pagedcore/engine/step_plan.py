@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from pagedcore.engine.sequence import Sequence
+    from pagedcore.engine.sequence_group import SequenceGroup
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -48,6 +49,8 @@ class StepLayout:
     block_tables    [R, W]    unused entries are 0
     sampling        [R, 8]    kernels/ops.h: SamplingColumn
     copies          [C, 2]    copy-on-write: source block, destination block; done before anything is written
+    swap_outs       [O, 2]    device block, host block; done before the copies
+    swap_ins        [I, 2]    host block, device block; done after swap_outs, before the copies
     extras          [E]       see `pagedcore/engine/sampling_extras.py`; only when a row uses penalties, bans or biases
     """
 
@@ -103,6 +106,21 @@ class Header(NamedTuple):
     num_extras: int
     any_random: int  # 1 when a row has a temperature above 0
     max_logprobs: int  # -1: no row wants log probabilities; else the largest number wanted
+    num_swap_outs: int = 0
+    num_swap_ins: int = 0
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Blocks to copy between device and host before anything else in a step, for these groups.
+
+    outs: [O, 2] int32, device block and host block. ins: [I, 2] int32, host block and device block. First the ones, then
+    the others.
+    """
+
+    outs: Int32Array
+    ins: Int32Array
+    groups: list[SequenceGroup]
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class StepPlan:
 
     Rows that compute one token come first. A row with n = 0 draws from the last token of the row before it: sequences that
     are equal up to there are computed once. `samples[i]` says whether the row ends at its sequence's last token, so that
-    the token drawn there counts. `buffer` is the packed form (`used` elements of it), valid until the step after the next one
+    the token drawn there counts. `swapped` are the groups whose blocks move between device and host first. `buffer` is the packed form (`used` elements of it), valid until the step after the next one
     is planned; the executor reads nothing else.
     """
 
@@ -122,6 +140,7 @@ class StepPlan:
     samples: list[bool]
     buffer: Int32Array
     used: int
+    swapped: tuple[SequenceGroup, ...] = ()
 
 
 @dataclass(frozen=True)

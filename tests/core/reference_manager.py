@@ -25,7 +25,7 @@ class ReferenceManager:
     block_size: int
     num_host_blocks: int
     tables: dict[int, list[int]] = field(default_factory=dict)
-    swapped: dict[int, int] = field(default_factory=dict)  # sequence -> number of host blocks
+    swapped: dict[int, list[object]] = field(default_factory=dict)  # sequence -> its host blocks
     prefixes: dict[int, Node | None] = field(default_factory=dict)  # committed prefix; None: out of the cache
     num_committed: dict[int, int] = field(default_factory=dict)
     cached: dict[int, Node] = field(default_factory=dict)  # block -> prefix
@@ -43,7 +43,7 @@ class ReferenceManager:
 
     @property
     def num_free_host(self) -> int:
-        return self.num_host_blocks - sum(self.swapped.values())
+        return self.num_host_blocks - len({block for table in self.swapped.values() for block in table})
 
     def owners(self, block: int) -> int:
         return sum(table.count(block) for table in self.tables.values())
@@ -117,6 +117,9 @@ class ReferenceManager:
             block = self.find(node, self.block_tokens(tokens, i))
             if block is None:
                 block = self.tables[seq_id][i]
+                if block in self.cached:  # by a fork, behind an equal prefix that is gone
+                    self.prefixes[seq_id] = None
+                    return
                 self.cached[block] = Node(node, self.block_tokens(tokens, i))
             self.prefixes[seq_id], self.num_committed[seq_id] = self.cached[block], i + 1
 
@@ -131,19 +134,28 @@ class ReferenceManager:
             self.settle(table.pop())
         self.tables.pop(seq_id, None)
 
-    def swap_out(self, seq_id: int) -> bool:
-        size = len(self.tables[seq_id])
-        if size > self.num_free_host:
+    def swap_out(self, seq_ids: list[int]) -> bool:
+        host_of: dict[int, object] = {block: object() for seq_id in seq_ids for block in self.tables[seq_id]}
+        if len(host_of) > self.num_free_host:
             return False
-        self.release(seq_id)
-        self.swapped[seq_id] = size
+        tables = {seq_id: [host_of[block] for block in self.tables[seq_id]] for seq_id in seq_ids}
+        for seq_id in seq_ids:
+            self.release(seq_id)
+        self.swapped |= tables
         return True
 
-    def swap_in(self, seq_id: int) -> bool:
-        if self.swapped[seq_id] > self.num_free:
+    def swap_in(self, seq_ids: list[int]) -> bool:
+        blocks = list(dict.fromkeys(block for seq_id in seq_ids for block in self.swapped[seq_id]))
+        if len(blocks) > self.num_free:
             return False
-        self.tables[seq_id] = [self.take() for _ in range(self.swapped.pop(seq_id))]
+        device_of = {block: self.take() for block in blocks}
+        for seq_id in seq_ids:
+            self.tables[seq_id] = [device_of[block] for block in self.swapped.pop(seq_id)]
         return True
+
+    def holding(self, seq_ids: list[int]) -> tuple[int, int]:
+        held = [block for seq_id in seq_ids for block in self.tables[seq_id]]
+        return len(set(held)), sum(held.count(block) == self.owners(block) for block in set(held))
 
     def finish_copies(self) -> None:
         while self.copies:

@@ -93,8 +93,8 @@ def test_refuses_impossible_sizes(arguments: dict[str, int], text: str) -> None:
         lambda manager: manager.fork(5, 6),
         lambda manager: manager.release(5),
         lambda manager: manager.commit(5, ids(1), 0),
-        lambda manager: manager.swap_out(5),
-        lambda manager: manager.swap_in(5),
+        lambda manager: manager.swap_out([5]),
+        lambda manager: manager.swap_in([5]),
         lambda manager: manager.block_table(5),
     ],
 )
@@ -119,7 +119,8 @@ def test_misuse_is_a_value_error_and_changes_nothing(manager: BlockManager) -> N
         ("write_from must have 1 elements, got 0", lambda: manager.grow_many([1], [3], [])),
         ("num_computed", lambda: manager.commit(1, tokens_of(3), 9)),
         ("num_computed", lambda: manager.commit(1, tokens_of(3), -1)),
-        ("sequence 1 is not swapped out", lambda: manager.swap_in(1)),
+        ("sequence 1 is named twice", lambda: manager.swap_out([1, 1])),
+        ("sequence 1 is not swapped out", lambda: manager.swap_in([1])),
     ]
     for text, call in cases:
         with pytest.raises(ValueError, match=text):
@@ -130,13 +131,13 @@ def test_misuse_is_a_value_error_and_changes_nothing(manager: BlockManager) -> N
 
 def test_a_swapped_out_sequence_has_no_blocks_to_work_on(manager: BlockManager) -> None:
     start(manager, 1, tokens_of(1))
-    manager.swap_out(1)
+    manager.swap_out([1])
     calls: list[Callable[[], object]] = [
         lambda: manager.grow(1, 5, 4),
         lambda: manager.fork(1, 2),
         lambda: manager.commit(1, tokens_of(1), 4),
         lambda: manager.match_prefix(1, tokens_of(1), 4, ""),
-        lambda: manager.swap_out(1),
+        lambda: manager.swap_out([1]),
         lambda: manager.block_table(1),
     ]
     for call in calls:
@@ -421,11 +422,11 @@ def test_nothing_is_registered_behind_a_prefix_that_was_evicted_while_swapped_ou
     start(manager, 1, tokens[:4])
     manager.release(1)
     assert start(manager, 2, tokens[:4]) == 4
-    manager.swap_out(2)
+    manager.swap_out([2])
     manager.add(3)
     manager.grow(3, 16, 0)
     manager.release(3)
-    manager.swap_in(2)
+    manager.swap_in([2])
     manager.grow(2, 8, 4)
     manager.commit(2, tokens, 8)
     assert manager.num_cached_blocks == 0
@@ -536,16 +537,37 @@ def test_the_least_recently_used_prefix_is_evicted_first(manager: BlockManager) 
     assert [cached_tokens(manager, prompt) for prompt in prompts] == [0, 8, 8, 4]
 
 
+def test_a_fork_does_not_register_again_what_hangs_on_an_evicted_prefix(manager: BlockManager) -> None:
+    tokens = tokens_of(8)
+    for seq_id in (1, 2):
+        manager.add(seq_id)
+        manager.match_prefix(seq_id, tokens, 8, "")
+        manager.grow(seq_id, 8, 0)
+    manager.fork(2, 3)
+    manager.commit(1, tokens, 4)
+    manager.commit(2, tokens, 8)  # its second block hangs on the first one of sequence 1
+    manager.release(1)
+    manager.add(4)
+    manager.grow(4, 24, 0)
+    assert manager.num_evictions == 1
+    manager.commit(3, tokens, 8)
+    manager.check_integrity()
+    assert manager.num_cached_blocks == 2
+    manager.release(4)
+    manager.add(5)
+    assert manager.match_prefix(5, tokens, 8, "") == 4
+
+
 # --- swapping
 
 
 def test_a_sequence_goes_to_the_host_and_comes_back(manager: BlockManager) -> None:
     tokens = tokens_of(3)
     start(manager, 1, tokens[:9])
-    assert manager.swap_out(1) == [(0, 0), (1, 1), (2, 2)]
+    assert manager.swap_out([1]) == [(0, 0), (1, 1), (2, 2)]
     assert (manager.num_free_blocks, manager.num_free_host_blocks) == (8, 1)
     assert cached_tokens(manager, tokens) == 8, "its cached blocks can still be found on the device"
-    pairs = manager.swap_in(1)
+    pairs = manager.swap_in([1])
     assert pairs is not None and [host for _, host in pairs] == [0, 1, 2]
     assert manager.block_table(1) == [device for device, _ in pairs]
     assert (manager.num_free_blocks, manager.num_free_host_blocks) == (5, 4)
@@ -557,29 +579,47 @@ def test_a_sequence_goes_to_the_host_and_comes_back(manager: BlockManager) -> No
 def test_swapping_is_all_or_nothing(manager: BlockManager) -> None:
     manager.add(1)
     manager.grow(1, 5 * BLOCK_SIZE, 0)
-    assert manager.swap_out(1) is None
+    assert manager.swap_out([1]) is None
     assert (len(manager.block_table(1)), manager.num_free_host_blocks) == (5, 4)
     manager.add(2)
     manager.grow(2, 2 * BLOCK_SIZE, 0)
-    assert manager.swap_out(2) is not None
+    assert manager.swap_out([2]) is not None
     manager.grow(1, 7 * BLOCK_SIZE, 0)
-    assert manager.swap_in(2) is None
+    assert manager.swap_in([2]) is None
     assert (manager.num_free_blocks, manager.num_free_host_blocks) == (1, 2)
     manager.release(2)
     assert manager.num_free_host_blocks == 4
     manager.add(3)
-    assert manager.swap_out(3) == [] and manager.swap_in(3) == []
+    assert manager.swap_out([3]) == [] and manager.swap_in([3]) == []
 
 
 def test_a_shared_block_is_swapped_for_one_and_stays_for_the_other(manager: BlockManager) -> None:
     manager.add(1)
     manager.grow(1, 6, 0)
     manager.fork(1, 2)
-    assert manager.swap_out(1) == [(0, 0), (1, 1)]
+    assert manager.swap_out([1]) == [(0, 0), (1, 1)]
     assert manager.block_table(2) == [0, 1]
     assert manager.grow(2, 7, 6) and take_copies(manager) == [], "it is the only owner now"
-    assert manager.swap_out(2) == [(0, 2), (1, 3)]
+    assert manager.swap_out([2]) == [(0, 2), (1, 3)]
     assert manager.num_free_blocks == 8
+
+
+def test_sequences_that_are_swapped_together_share_on_the_host_and_again_on_the_device(manager: BlockManager) -> None:
+    manager.add(1)
+    manager.grow(1, 6, 0)
+    manager.fork(1, 2)
+    manager.grow(2, 7, 6)
+    assert take_copies(manager) == [(1, 2)]
+    assert manager.holding([1]) == (2, 1) and manager.holding([1, 2]) == (3, 3)
+    assert manager.swap_out([1, 2]) == [(0, 0), (1, 1), (2, 2)]
+    assert (manager.num_free_blocks, manager.num_free_host_blocks) == (8, manager.num_host_blocks - 3)
+    pairs = manager.swap_in([1, 2])
+    assert pairs is not None and [host for _, host in pairs] == [0, 1, 2]
+    first, second = manager.block_table(1), manager.block_table(2)
+    assert first[0] == second[0] and first[1] != second[1]
+    manager.release(1)
+    assert (manager.num_free_blocks, manager.num_free_host_blocks) == (6, manager.num_host_blocks)
+    manager.check_integrity()
 
 
 def test_a_block_that_waits_for_its_copy_is_swapped_from_the_source(manager: BlockManager) -> None:
@@ -588,5 +628,5 @@ def test_a_block_that_waits_for_its_copy_is_swapped_from_the_source(manager: Blo
     manager.fork(1, 2)
     manager.grow(2, 3, 2)
     assert manager.block_table(2) == [1]
-    assert manager.swap_out(2) == [(0, 0)]
+    assert manager.swap_out([2]) == [(0, 0)]
     assert take_copies(manager) == []

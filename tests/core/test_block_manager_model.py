@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -194,24 +195,29 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.reference.release(seq_id)
         del self.sequences[seq_id]
 
-    @rule(index=st.integers(0, 99))
-    def swap_out(self, index: int) -> None:
-        seq_id = self.resident(index)
-        pairs = self.manager.swap_out(seq_id)
-        assert (pairs is not None) == self.reference.swap_out(seq_id)
+    @rule(index=st.integers(0, 99), count=st.integers(1, 3))
+    def swap_out(self, index: int, count: int) -> None:
+        self.resident(0)
+        seq_ids = self.some(self.reference.tables, index, count)
+        assert self.manager.holding(seq_ids) == self.reference.holding(seq_ids)
+        pairs = self.manager.swap_out(seq_ids)
+        assert (pairs is not None) == self.reference.swap_out(seq_ids)
         for block, host_block in pairs or []:
             self.host_memory[host_block] = list(self.memory[block])
 
-    @rule(index=st.integers(0, 99))
-    def swap_in(self, index: int) -> None:
-        ids = sorted(self.reference.swapped)
-        if not ids:
-            return
-        seq_id = ids[index % len(ids)]
-        pairs = self.manager.swap_in(seq_id)
-        assert (pairs is not None) == self.reference.swap_in(seq_id)
+    @rule(index=st.integers(0, 99), count=st.integers(1, 3))
+    def swap_in(self, index: int, count: int) -> None:
+        seq_ids = self.some(self.reference.swapped, index, count)
+        pairs = self.manager.swap_in(seq_ids)
+        assert (pairs is not None) == self.reference.swap_in(seq_ids)
         for block, host_block in pairs or []:
             self.memory[block] = list(self.host_memory[host_block])
+
+    @staticmethod
+    def some(tables: Collection[int], index: int, count: int) -> list[int]:
+        """Up to `count` of the sequences, from the index-th on."""
+        ids = sorted(tables)
+        return [ids[(index + i) % len(ids)] for i in range(min(count, len(ids)))]
 
     @rule(really=rarely)
     def reset_prefix_cache(self, really: bool) -> None:

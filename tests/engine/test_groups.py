@@ -16,6 +16,7 @@ from pagedcore.engine.sampling_extras import pack_sampling_row
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason
+from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.errors import NonFiniteLogitsError, RequestError
 from tests.engine.test_schedule_invariance import EOS, MAX_MODEL_LEN, VOCAB, make_engine
 from tests.reference.fake_model import reference_logprob, reference_tokens
@@ -135,6 +136,88 @@ def test_outputs_do_not_depend_on_the_schedule(
     assert (preemptions > 0) == ((num_blocks, block_size, budget, max_num_seqs) in TIGHT)
 
 
+@pytest.mark.parametrize("one_step_ahead", [False, True])
+@pytest.mark.parametrize("num_host_blocks", [40, 400])
+@pytest.mark.parametrize(("num_blocks", "block_size", "budget", "max_num_seqs"), TIGHT)
+def test_swapped_requests_go_on_as_if_nothing_had_been(
+    num_blocks: int, block_size: int, budget: int, max_num_seqs: int, num_host_blocks: int, one_step_ahead: bool
+) -> None:
+    swapped_in = 0
+    for seed in range(4):
+        run = start(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            num_host_blocks=num_host_blocks,
+            one_step_ahead=one_step_ahead,
+        )
+        requests = make_mixed_requests(seed, 16)
+        run.add(*requests)
+        assert run.to_the_end() == expected_outputs(requests)
+        stats = run.engine.stats()
+        assert stats.swapped_in_blocks_total <= stats.swapped_out_blocks_total, "what ends on the host stays there"
+        swapped_in += stats.swapped_in_blocks_total
+    assert swapped_in > 0
+
+
+def test_the_way_of_preemption_is_chosen_by_cost_or_by_configuration() -> None:
+    def swapped_blocks(mode: PreemptionMode, cost: float) -> int:
+        run = start(
+            num_blocks=40,
+            max_num_seqs=24,
+            num_host_blocks=100,
+            enable_prefix_caching=False,
+            preemption_mode=mode,
+            swap_cost_tokens=cost,
+        )
+        requests = make_mixed_requests(1, 16)
+        run.add(*requests)
+        assert run.to_the_end() == expected_outputs(requests)
+        assert run.engine.stats().preemptions_total > 0
+        return run.engine.stats().swapped_out_blocks_total
+
+    assert swapped_blocks(PreemptionMode.AUTO, 3.9) > 0, "a block of 4 tokens is moved faster than computed"
+    assert swapped_blocks(PreemptionMode.AUTO, 4.1) == 0
+    assert swapped_blocks(PreemptionMode.SWAP, 1e9) > 0
+    assert swapped_blocks(PreemptionMode.RECOMPUTE, 0) == 0
+
+
+def test_nothing_is_admitted_while_anything_is_preempted() -> None:
+    for mode in (PreemptionMode.SWAP, PreemptionMode.RECOMPUTE):
+        run = start(num_blocks=40, max_num_seqs=24, num_host_blocks=100, preemption_mode=mode)
+        run.add(*make_mixed_requests(2, 24))
+        seen = 0
+        while run.engine.has_work():
+            before = run.engine.stats()
+            run.take(run.engine.step())
+            after = run.engine.stats()
+            seen += after.num_preempted > 0
+            assert not (after.num_preempted and after.num_waiting < before.num_waiting), "admitted past a preempted one"
+        assert seen > 0
+
+
+def test_a_group_is_swapped_and_resumed_whole_and_its_shared_blocks_once() -> None:
+    engine, executor, blocks = make_engine(num_blocks=24, num_host_blocks=24, enable_prefix_caching=False, max_num_seqs=8)
+    run = Run(engine, blocks)
+    older = Request("older", [1] * 20, SamplingParams(temperature=0, seed=0, max_tokens=30, ignore_eos=True))
+    group = Request("group", [2] * 21, SamplingParams(n=4, seed=5, max_tokens=15, ignore_eos=True))
+    run.add(older, group)
+    sizes = set()
+    while engine.has_work():
+        run.take(engine.step())
+        blocks.check_integrity()
+        stats = engine.stats()
+        if stats.num_swapped:
+            assert (stats.num_running, stats.num_preempted) in ((1, 1), (0, 1))
+            sizes.add(stats.num_host_blocks - stats.num_free_host_blocks)
+    assert len(sizes) == 1 and sizes.pop() < 5 + 4 * 4, "5 full blocks of the prompt are shared"
+    assert run.outputs == expected_outputs([older, group])
+    stats = engine.stats()
+    assert stats.swapped_out_blocks_total == stats.swapped_in_blocks_total > 0
+    assert sum(executor.num_tokens) == 20 + 29 + 21 + 4 * 14, "nothing is computed twice"
+
+
 def test_the_samples_of_a_prompt_differ_and_come_again_with_the_seed() -> None:
     params = SamplingParams(n=5, temperature=1.0, seed=3, max_tokens=8, ignore_eos=True)
     runs = []
@@ -165,7 +248,7 @@ def test_a_prompt_is_computed_once_and_only_its_last_partial_block_is_copied(
 
 def test_one_sequence_can_be_ended_and_the_others_go_on() -> None:
     for at in range(1, 30):
-        run = start(num_blocks=20, max_num_seqs=8)
+        run = start(num_blocks=20, max_num_seqs=8, num_host_blocks=100 * (at % 2))
         request = Request("x", list(range(9)), SamplingParams(n=4, seed=1, max_tokens=12, ignore_eos=True))
         run.add(
             *[Request(f"other{i}", [i] * 9, SamplingParams(seed=i, n=2, ignore_eos=True)) for i in range(2)], request
@@ -192,7 +275,7 @@ def test_one_sequence_can_be_ended_and_the_others_go_on() -> None:
 @pytest.mark.parametrize("one_step_ahead", [False, True])
 def test_an_abort_at_any_step_ends_the_whole_request_with_one_message(one_step_ahead: bool) -> None:
     for at in range(0, 40, 3):
-        run = start(num_blocks=40, one_step_ahead=one_step_ahead)
+        run = start(num_blocks=40, one_step_ahead=one_step_ahead, num_host_blocks=100 * (at % 2), max_num_seqs=16)
         requests = make_mixed_requests(at, 10)
         run.add(*requests)
         for step in itertools.count():
@@ -210,8 +293,8 @@ def test_an_abort_at_any_step_ends_the_whole_request_with_one_message(one_step_a
 
 
 def test_a_failed_step_ends_its_requests_once_and_those_of_the_step_behind_it_are_recomputed() -> None:
-    for at in range(2, 24):
-        engine, executor, blocks = make_engine(max_num_seqs=8, num_blocks=40)
+    for at in range(2, 40):
+        engine, executor, blocks = make_engine(max_num_seqs=16, num_blocks=40, num_host_blocks=100 * (at % 2))
         executor.fail_steps = {at, at + 1}  # the second was launched before the first was known to fail
         run = Run(engine, blocks)
         requests = make_mixed_requests(at, 14)

@@ -13,6 +13,7 @@ from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
 from pagedcore.engine.sequence import FinishReason
+from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError
 from tests.reference.fake_model import FakeExecutor, reference_tokens
 
@@ -30,6 +31,9 @@ def make_engine(
     enable_prefix_caching: bool = True,
     one_step_ahead: bool = True,
     decode_batch_sizes: tuple[int, ...] = (),
+    num_host_blocks: int = 0,
+    preemption_mode: PreemptionMode = PreemptionMode.SWAP,
+    swap_cost_tokens: float = 0.0,
 ) -> tuple[Engine, FakeExecutor, BlockManager]:
     executor = FakeExecutor(
         num_blocks,
@@ -38,10 +42,18 @@ def make_engine(
         max_rows=max_num_seqs,
         max_tokens=max_num_batched_tokens,
         max_width=MAX_MODEL_LEN // block_size + 1,
+        num_host_blocks=num_host_blocks,
     )
-    blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+    blocks = BlockManager(
+        num_blocks, block_size, num_host_blocks=num_host_blocks, enable_prefix_caching=enable_prefix_caching
+    )
     config = SchedulerConfig(
-        max_num_seqs, max_num_batched_tokens, enable_prefix_caching, decode_batch_sizes=decode_batch_sizes
+        max_num_seqs,
+        max_num_batched_tokens,
+        enable_prefix_caching,
+        decode_batch_sizes=decode_batch_sizes,
+        preemption_mode=preemption_mode,
+        swap_cost_tokens=swap_cost_tokens,
     )
     limits = EngineLimits(MAX_MODEL_LEN, VOCAB, 20, frozenset({EOS}))
     engine = Engine(Scheduler(config, blocks, executor.step_buffers()), executor, limits, one_step_ahead=one_step_ahead)

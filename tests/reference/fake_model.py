@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.step_plan import HEADER_SIZE, Header, Int32Array, SamplingColumn, StepLayout, StepPlan, StepResult
@@ -91,9 +92,17 @@ class FakeExecutor:
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, vocab_size: int, *, max_rows: int, max_tokens: int, max_width: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_width: int,
+        num_host_blocks: int = 0,
     ) -> None:
-        self.kv_cache_shape = KVCacheShape(num_blocks, 0, block_size)
+        self.kv_cache_shape = KVCacheShape(num_blocks, num_host_blocks, block_size)
         self.decode_batch_sizes: tuple[int, ...] = ()
         self.fail_steps: set[int] = set()
         self.broken_steps: set[int] = set()
@@ -104,6 +113,7 @@ class FakeExecutor:
         self.num_copies: list[int] = []
         self._vocab_size = vocab_size
         self._kv = np.full(num_blocks * block_size, -1, dtype=object)
+        self._host_kv = np.full(num_host_blocks * block_size, -1, dtype=object)
         self._block_size = block_size
         size = StepLayout(max_tokens, max_rows, max_width).copies + 64 * 1024
         self._buffers = [np.full(size, -7, dtype=np.int32) for _ in range(3)]
@@ -118,6 +128,13 @@ class FakeExecutor:
     def shutdown(self) -> None:
         """Nothing to release."""
 
+    def _copy(self, pairs: Int32Array, source: npt.NDArray[np.object_], destination: npt.NDArray[np.object_]) -> None:
+        """All at once: every source is read as it was before the first destination is written."""
+        bs = self._block_size
+        contents = [source[src * bs : (src + 1) * bs].copy() for src, _ in pairs.reshape(-1, 2).tolist()]
+        for (_, dst), block in zip(pairs.reshape(-1, 2).tolist(), contents, strict=True):
+            destination[dst * bs : (dst + 1) * bs] = block
+
     def _run(self, plan: StepPlan) -> StepResult:
         if self.hang is not None:
             self.hang.wait()
@@ -129,9 +146,14 @@ class FakeExecutor:
         layout = StepLayout(header.num_tokens, header.num_rows, header.table_width)
         assert layout.token_ids == HEADER_SIZE
         bs = self._block_size
-        for pair in range(header.num_copies):
-            src, dst = buffer[layout.copies + 2 * pair : layout.copies + 2 * pair + 2].tolist()
-            self._kv[dst * bs : (dst + 1) * bs] = self._kv[src * bs : (src + 1) * bs]
+        at = layout.copies + 2 * header.num_copies
+        for count, source, destination in (
+            (header.num_swap_outs, self._kv, self._host_kv),
+            (header.num_swap_ins, self._host_kv, self._kv),
+        ):
+            self._copy(buffer[at : at + 2 * count], source, destination)
+            at += 2 * count
+        self._copy(buffer[layout.copies : layout.copies + 2 * header.num_copies], self._kv, self._kv)
         starts = buffer[layout.query_start_loc : layout.query_start_loc + header.num_rows + 1].tolist()
         assert (buffer[layout.slot_mapping + header.num_real_tokens : layout.query_start_loc] == -1).all()
         assert (buffer[layout.seq_lens + header.num_real_rows : layout.block_tables] == 0).all()
