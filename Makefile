@@ -43,8 +43,8 @@ setup: setup-serve
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'
 
 serve: setup-serve
-	@exec $(VENV_BIN)/python -m pagedcore.serve --model '$(MODEL)' --host '$(HOST)' --http-port $(HTTP_PORT) \
-	  --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) --tritonserver '$(TRITONSERVER)'
+	@exec $(VENV_BIN)/python -m pagedcore.serve --model '$(MODEL)' --host '$(HOST)' --http-port '$(HTTP_PORT)' \
+	  --grpc-port '$(GRPC_PORT)' --metrics-port '$(METRICS_PORT)' --tritonserver '$(TRITONSERVER)'
 
 test: setup-test
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'

@@ -16,6 +16,7 @@ from pagedcore.errors import ConfigError, RequestError
 from pagedcore.serve.cache import SetupError
 from pagedcore.serve.default_model import resolve_model
 from pagedcore.text import OutputText
+from pagedcore_triton.lifecycle import Lifecycle
 from pagedcore_triton.metrics import Metrics
 from pagedcore_triton.protocol import INPUTS, OUTPUTS, OutputDelta, encode, parse_json_object, parse_request
 from pagedcore_triton.responses import ErrorCode, ResponseStream, SenderPool, error_of
@@ -80,6 +81,8 @@ class TritonPythonModel:
         self._request_ids = itertools.count()
         self._senders = SenderPool(self._engine)
         self._senders.start()
+        self._lifecycle = Lifecycle(self._engine, self._senders.stop)
+        self._lifecycle.start()
         self._metrics: Metrics | None = None
         if not config.disable_log_stats:
             labels = {"model": args["model_name"], "version": args["model_version"]}
@@ -104,6 +107,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Stop the threads; what is unfinished gets an error. Takes a bounded time."""
+        self._lifecycle.stop(STOP_SECONDS)
         self._loaded.shutdown()
         self._senders.stop(STOP_SECONDS)
         if self._metrics is not None:

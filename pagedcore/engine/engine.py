@@ -55,6 +55,7 @@ class Engine:
         self._groups: dict[str, SequenceGroup] = {}
         self._launched: tuple[StepPlan, PendingStep] | None = None
         self._num_failed_steps = 0
+        self._in_doubt = False  # the step committed last failed, or one of its requests did
 
     def check(self, request: Request) -> int:
         """Return the most tokens, prompt included, the request may reach; raise RequestError if it cannot be served."""
@@ -121,14 +122,16 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Plan and launch a step, and return the outputs of the step before it (of this one, if not one step ahead).
 
-        A failed step ends its own requests with an error. Raises EngineDeadError after MAX_FAILED_STEPS in a row.
+        A failed step ends its own requests with an error. After a failure nothing runs ahead until a step has succeeded: a
+        plan that counts on a step that then fails too is for nothing. Raises EngineDeadError after
+        MAX_FAILED_STEPS in a row.
         """
         plan = self.scheduler.schedule()
         before, self._launched = self._launched, None
         if plan is not None:
             self._launched = (plan, self._executor.launch(plan))
         outputs = self._commit(before) if before is not None else []
-        if not self._one_step_ahead and self._launched is not None:
+        if (self._in_doubt or not self._one_step_ahead) and self._launched is not None:
             launched, self._launched = self._launched, None
             outputs += self._commit(launched)
         return outputs
@@ -141,13 +144,14 @@ class Engine:
             raise
         except Exception as error:  # whatever it is, it is scoped to this step's requests
             return self._step_failed(plan, error)
-        self._num_failed_steps = 0
+        self._num_failed_steps, self._in_doubt = 0, False
         outputs = self.scheduler.commit(plan, result)
         self._forget(outputs)
         return outputs
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> list[TokenOutput]:
         logger.error("step %d with %d sequences failed", plan.step_id, len(plan.sequences), exc_info=error)
+        self._in_doubt = True
         if any(sequence.group.finish_reason is FinishReason.ERROR for sequence in plan.sequences):
             # Launched before the failure of the step before was known, with the request that may have caused it.
             self.scheduler.retry_step(plan)
@@ -162,6 +166,7 @@ class Engine:
     def _forget(self, outputs: Iterable[TokenOutput]) -> None:
         for output in outputs:
             if output.request_finished:
+                self._in_doubt |= output.finish_reason is FinishReason.ERROR
                 del self._groups[output.request_id]
 
     def stats(self) -> EngineStats:

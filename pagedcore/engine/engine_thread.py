@@ -18,6 +18,7 @@ from pagedcore.errors import EngineDeadError, RequestError
 logger = logging.getLogger(__name__)
 
 STALLED_SECONDS = 60.0  # a step that takes longer than this counts as a stalled engine
+_DRAIN_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class EngineThread:
         self._engine = engine
         self._inbox: deque[_Submission | _Abort | _EndSequence] = deque()
         self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards _closed against a submit that would be left behind in the inbox
+        self._lock = threading.Lock()  # guards the next two against a submit that would be left behind in the inbox
         self._closed = False
+        self._draining = False
         self._stopping = False
         self._sinks: dict[str, OutputSink] = {}
         self._error: Exception | None = None
@@ -79,8 +81,8 @@ class EngineThread:
 
     def _post(self, item: _Submission | _Abort | _EndSequence) -> None:
         with self._lock:
-            if self._closed:
-                raise EngineDeadError(f"the engine has stopped: {self._error or 'it was shut down'}")
+            if self._closed or (self._draining and isinstance(item, _Submission)):
+                raise self._end_error()
             self._inbox.append(item)
         self._wake.set()
 
@@ -94,8 +96,30 @@ class EngineThread:
             return False
         return not self._busy or time.monotonic() - self._progress_at < STALLED_SECONDS
 
+    @property
+    def failure(self) -> Exception | None:
+        """What the engine died of; None while it lives and after an orderly end."""
+        return self._error if self._closed else None
+
+    def drain(self, patience: float, timeout: float = 2.0) -> None:
+        """Take no more requests, let the open ones go on for `patience` seconds at most, then end them with EngineDeadError.
+
+        Returns when all have ended: at once where none is open, and `timeout` seconds after that at the latest where the step
+        in hand does not end. Only `shutdown` may follow.
+        """
+        with self._lock:
+            self._draining = True
+        deadline = time.monotonic() + patience
+        while (self._inbox or self._sinks) and time.monotonic() < deadline:
+            time.sleep(_DRAIN_POLL_SECONDS)
+        self._end_thread(timeout)
+
     def shutdown(self, timeout: float = 8.0) -> None:
         """Stop after the step in hand, at most `timeout` seconds from now; what is unfinished ends with EngineDeadError."""
+        self._end_thread(timeout)
+        self._engine.shutdown()
+
+    def _end_thread(self, timeout: float) -> None:
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
@@ -103,7 +127,6 @@ class EngineThread:
         if self._thread.is_alive():
             logger.error("the step in hand has not ended after %.0f s; leaving it behind", timeout)
             self._close()
-        self._engine.shutdown()
 
     def _run(self) -> None:
         try:
@@ -154,7 +177,7 @@ class EngineThread:
         """Refuse what comes from now on, and end everything that is still open, whatever state the engine is in."""
         with self._lock:
             self._closed = True
-        error = EngineDeadError(f"the engine has stopped: {self._error or 'it was shut down'}")
+        error = self._end_error()
         # Item by item: after a shutdown that did not wait, the engine thread may get here as well.
         with contextlib.suppress(IndexError):
             while True:
@@ -165,6 +188,11 @@ class EngineThread:
             while True:
                 request_id, sink = self._sinks.popitem()
                 sink.push(_error_output(request_id, error))
+
+    def _end_error(self) -> EngineDeadError:
+        if self._error is None:
+            return EngineDeadError("the server is shutting down")
+        return EngineDeadError(f"the engine has stopped: {self._error}")
 
 
 def _error_output(request_id: str, error: Exception) -> TokenOutput:

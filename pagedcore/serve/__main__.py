@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from pagedcore.serve.launcher import ServeOptions, prepare, report_errors, serve
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"must be an integer in [1, 65535], got {text!r}")
+    return int(text)
+
+
 def parse_arguments(arguments: list[str]) -> tuple[ServeOptions, bool]:
     """Parse the command line; the flag says that only the downloads are wanted."""
-    parser = argparse.ArgumentParser(prog="python -m pagedcore.serve", description=__doc__)
+    parser = _Parser(prog="python -m pagedcore.serve", description=__doc__)
     parser.add_argument("--model", default="", help="Hugging Face model folder (default: the one in model.json)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--http-port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--grpc-port", type=int, default=8001, help="default: %(default)s")
-    parser.add_argument("--metrics-port", type=int, default=8002, help="default: %(default)s")
+    parser.add_argument("--http-port", type=_port, default=8000, help="default: %(default)s")
+    parser.add_argument("--grpc-port", type=_port, default=8001, help="default: %(default)s")
+    parser.add_argument("--metrics-port", type=_port, default=8002, help="default: %(default)s")
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     parser.add_argument("--tritonserver", default="", help="an installed tritonserver (default: the one in the cache)")
     parser.add_argument("--log", default="", help="the server's log file (default: a file in the cache)")

@@ -51,13 +51,18 @@ def ensure_default_model() -> Path:
     return final
 
 
+def is_default_model(name: str) -> bool:
+    """Whether `name` names the default model, and is not a folder that happens to be called so."""
+    return name in _ALIASES and not Path(name).is_dir()
+
+
 def resolve_model(name: str) -> Path:
     """Turn the `model` argument into a folder: a path to a Hugging Face folder, or the default model's name.
 
     Raises:
         SetupError: `name` is neither, or the default model could not be obtained.
     """
-    if name in _ALIASES and not Path(name).is_dir():
+    if is_default_model(name):
         return ensure_default_model()
     path = Path(name).expanduser()
     if not path.is_dir():

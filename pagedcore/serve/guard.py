@@ -1,6 +1,7 @@
 """Runs a command until it or standard input ends or a signal comes, then removes its processes and shared memory.
 
-Standard input is a pipe held by the parent, so that the clean-up also happens when the parent is killed.
+Standard input is a pipe held by the parent, so that the clean-up also happens when the parent is killed. A byte in it ends the
+command at once, without waiting for running requests.
 Usage: python guard.py SHARED_MEMORY_PREFIX COMMAND...
 """
 
@@ -28,10 +29,12 @@ def main(arguments: list[str]) -> int:
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
+        at_once = False
         with contextlib.suppress(KeyboardInterrupt):
-            _wait_for_end(server)
-        if server.poll() is None:
-            server.terminate()
+            at_once = _wait_for_end(server)
+        if server.poll() is None and not at_once:
+            # To the stubs as well: the models end what is open, as the server would only cut it off.
+            os.killpg(server.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(_GRACE_S)
     finally:
@@ -44,12 +47,16 @@ def main(arguments: list[str]) -> int:
     return server.returncode
 
 
-def _wait_for_end(server: subprocess.Popen[bytes]) -> None:
-    """Return when the server has ended or the parent has closed, or died and so closed, our standard input."""
+def _wait_for_end(server: subprocess.Popen[bytes]) -> bool:
+    """Return when the server has ended or the parent has written to, closed, or died and so closed, our standard input.
+
+    The result says whether it has written: it wants the end at once.
+    """
     while server.poll() is None:
         readable, _, _ = select.select([sys.stdin.fileno()], [], [], _POLL_S)
-        if readable and not os.read(sys.stdin.fileno(), 1):
-            return
+        if readable:
+            return bool(os.read(sys.stdin.fileno(), 1))
+    return False
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from rich.console import Console
 
 from pagedcore.errors import ConfigError
 from pagedcore.serve.cache import SetupError, cache_root, python_executable
-from pagedcore.serve.default_model import resolve_model
+from pagedcore.serve.default_model import DEFAULT_MODEL_NAME, is_default_model, resolve_model
+from pagedcore.serve.reservations import reserved_ports, run_folder
 from pagedcore.serve.triton_install import TritonInstallation, ensure_tritonserver
-from pagedcore.serve.triton_server import TritonServer
+from pagedcore.serve.triton_server import TritonServer, is_alive
 
 _READY_TIMEOUT_S = 1800.0  # large checkpoints on slow disks
-_EXIT_TIMEOUT_S = 5  # how long running requests may go on after Ctrl-C
+_EXIT_TIMEOUT_S = 10  # by then the model has ended what was open after Ctrl-C
 _POLL_S = 0.2
 _console = Console(highlight=False, soft_wrap=True)
 
@@ -43,6 +43,14 @@ class ServeOptions:
     tritonserver: Path | None = None
     log: Path | None = None
 
+    def ports(self) -> dict[str, int]:
+        """The ports by the name of their setting."""
+        return {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
+
+
+class _ModelDied(SetupError):
+    """The server runs on without the process that its model lived in."""
+
 
 def report_errors(action: Callable[[], object]) -> int:
     """Run `action`; what a user can cause becomes one line on stderr. Returns the exit status."""
@@ -52,9 +60,10 @@ def report_errors(action: Callable[[], object]) -> int:
     except (SetupError, ConfigError) as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = f"no space left on the disk of {error.filename or cache_root()}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"no space left on the disk of {error.filename or cache_root()}"
+        else:
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
         return 130
     print(f"error: {message}", file=sys.stderr)
@@ -77,40 +86,51 @@ def serve(options: ServeOptions) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     check_ports(options)
-    name = options.model or _configured_model(options)
-    if options.model:
-        check_model_folder(Path(options.model).expanduser())
-    installation = prepare(options)
-    with tempfile.TemporaryDirectory(prefix="pagedcore-serve-") as run_folder:
-        repository = copy_repository(options.model_repository, Path(run_folder), resolve_model(name))
-        server = TritonServer(
-            repository,
-            host=options.host,
-            http_port=options.http_port,
-            grpc_port=options.grpc_port,
-            metrics_port=options.metrics_port,
-            log_path=options.log or _log_path(options.http_port),
-            extra_args=[f"--exit-timeout-secs={_EXIT_TIMEOUT_S}"],
-            installation=installation,
-        )
-        try:
-            with _step(f"loading {name}"):
-                server.start()
-                server.wait_until_ready(_READY_TIMEOUT_S)
-            _console.print(welcome(server), markup=False)
-            _wait_for_signal(server)
-        finally:
-            # A second Ctrl-C must not interrupt the clean-up.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-            if server.is_running():
-                with _step("stopping"):
-                    server.stop()
+    with reserved_ports(options.ports()):
+        name = options.model or _configured_model(options)
+        if options.model and not is_default_model(options.model):
+            check_model_folder(Path(options.model).expanduser())
+        installation = prepare(options)
+        with run_folder() as folder:
+            repository = copy_repository(options.model_repository, folder, resolve_model(name))
+            _run(_server(options, repository, installation), name)
+
+
+def _server(options: ServeOptions, repository: Path, installation: TritonInstallation) -> TritonServer:
+    return TritonServer(
+        repository,
+        host=options.host,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        log_path=options.log or _log_path(options.http_port),
+        extra_args=[f"--exit-timeout-secs={_EXIT_TIMEOUT_S}"],
+        installation=installation,
+    )
+
+
+def _run(server: TritonServer, model: str) -> None:
+    try:
+        with _step(f"loading {model}"):
+            server.start()
+            server.wait_until_ready(_READY_TIMEOUT_S)
+        _console.print(welcome(server), markup=False)
+        _wait_for_signal(server)
+    except _ModelDied:
+        server.stop(at_once=True)
+        raise
+    finally:
+        # A second Ctrl-C must not interrupt the clean-up.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        if server.is_running():
+            with _step("stopping"):
+                server.stop()
 
 
 def check_ports(options: ServeOptions) -> None:
     """Raise SetupError unless the three ports are valid, distinct and free."""
-    ports = {"HTTP_PORT": options.http_port, "GRPC_PORT": options.grpc_port, "METRICS_PORT": options.metrics_port}
+    ports = options.ports()
     for name, port in ports.items():
         if not 1 <= port <= 65535:
             raise SetupError(f"{name} must be in [1, 65535], got {port}")
@@ -121,10 +141,10 @@ def check_ports(options: ServeOptions) -> None:
             try:
                 probe.bind((options.host, port))
             except socket.gaierror:
-                raise SetupError(f"HOST={options.host} is not an address of this machine") from None
+                raise SetupError(f"HOST={options.host} is not an IPv4 address of this machine") from None
             except OSError as error:
                 if error.errno == errno.EADDRNOTAVAIL:
-                    raise SetupError(f"HOST={options.host} is not an address of this machine") from None
+                    raise SetupError(f"HOST={options.host} is not an IPv4 address of this machine") from None
                 reason = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
                 raise SetupError(
                     f"port {port} on {options.host} {reason}; choose another one: make serve {name}={port + 10}"
@@ -136,7 +156,7 @@ def check_model_folder(folder: Path) -> None:
     from pagedcore.models.config import ModelConfig
 
     if not folder.is_dir():
-        raise SetupError(f"MODEL={folder} is not a folder")
+        raise SetupError(f"MODEL={folder} is not a folder, nor {DEFAULT_MODEL_NAME}")
     if not (folder / "config.json").is_file():
         raise SetupError(f"MODEL={folder} is not a Hugging Face model folder: it has no config.json")
     ModelConfig.from_folder(folder)
@@ -226,8 +246,13 @@ def _log_path(http_port: int) -> Path:
 
 
 def _wait_for_signal(server: TritonServer) -> None:
+    stubs = server.stub_processes()
     try:
         while server.is_running():
+            # Triton 2.51 would go on without the model's process: it says it is ready, and fails every request.
+            if not all(map(is_alive, stubs)):
+                reason = server.model_failure_reason()
+                raise _ModelDied(f"the model's process has ended: {reason} (log: {server.log_path})")
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
         return

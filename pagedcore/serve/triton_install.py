@@ -29,7 +29,7 @@ SUPPORTED_PYTHONS = ("3.10", "3.11", "3.12")
 _WHEEL = PinnedWheel("nvidia-pytriton==0.7.0", "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df")
 _TRITON_VERSION = "2.51.0"
 _BYTES_NEEDED = 300_000_000
-_STUB = "triton_python_backend_stub"
+STUB_NAME = "triton_python_backend_stub"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _installed(binary: Path, libpython: Path) -> TritonInstallation:
     if not os.access(binary, os.X_OK) or binary.is_dir():
         raise SetupError(f"TRITONSERVER={binary} is not an executable file")
     backends = binary.parent.parent / "backends"
-    stub = backends / "python" / _STUB
+    stub = backends / "python" / STUB_NAME
     if not stub.is_file():
         raise SetupError(f"{binary} comes without the Python backend: {stub} not found")
     match = re.search(rb"libpython(3\.\d+)\.so", stub.read_bytes())
@@ -120,5 +120,5 @@ def _unpack(wheel: Path, into: Path) -> None:
         backend.mkdir(parents=True)
         for file in (server / "backends" / "python").iterdir():
             os.link(file, backend / file.name)
-        stub = shutil.copy2(server / "python_backend_stubs" / python / _STUB, backend / _STUB)
+        stub = shutil.copy2(server / "python_backend_stubs" / python / STUB_NAME, backend / STUB_NAME)
         Path(stub).chmod(0o755)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -17,7 +18,7 @@ from types import TracebackType
 
 from pagedcore.serve import guard
 from pagedcore.serve.cache import SetupError, python_executable
-from pagedcore.serve.triton_install import TritonInstallation, ensure_tritonserver
+from pagedcore.serve.triton_install import STUB_NAME, TritonInstallation, ensure_tritonserver
 
 _STOP_TIMEOUT_S = 40.0
 _POLL_S = 0.1
@@ -116,18 +117,36 @@ class TritonServer:
         finally:
             connection.close()
 
-    def stop(self) -> None:
-        """Stop the server and its stubs and remove their shared memory; does nothing if it is not running."""
+    def stub_processes(self) -> list[int]:
+        """Ids of the processes that the server's models live in."""
+        return [
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if all(text in _command_line(folder) for text in (STUB_NAME, self.shm_prefix))
+        ]
+
+    def stop(self, at_once: bool = False) -> None:
+        """Stop the server and its stubs and remove their shared memory; does nothing if it is not running.
+
+        Open requests may go on for the while that the models give them, but not if `at_once`.
+        """
         if self._guard is None:
             return
         assert self._guard.stdin is not None
-        self._guard.stdin.close()
+        with contextlib.suppress(BrokenPipeError), self._guard.stdin as stdin:  # broken: the server has ended by itself
+            if at_once:
+                stdin.write(b"\n")
         self._guard.wait(_STOP_TIMEOUT_S)
         self._guard = None
 
     def failure_reason(self) -> str:
         """The line of the log that says why the server ended."""
         return failure_reason(self.log_path.read_text(errors="replace"))
+
+    def model_failure_reason(self) -> str:
+        """The line of the log in which the model says why its process ends, or that there is none."""
+        match = re.search(r"^CRITICAL [\w.]+: (.*)$", self.log_path.read_text(errors="replace"), re.MULTILINE)
+        return match[1] if match else "it was killed or has crashed"
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -171,6 +190,22 @@ def child_environment(libpython: Path) -> dict[str, str]:
     environment["LD_LIBRARY_PATH"] = f"{libpython.parent}:{inherited}" if inherited else str(libpython.parent)
     environment.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0", KMP_BLOCKTIME="0", HF_HUB_OFFLINE="1")
     return environment
+
+
+def is_alive(process: int) -> bool:
+    """False for the id of a process that has ended, whether or not its parent has noticed."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")
+
+
+def _command_line(folder: Path) -> str:
+    try:
+        return (folder / "cmdline").read_bytes().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def find_free_port(host: str) -> int:

@@ -126,6 +126,46 @@ def test_shutdown_ends_what_is_open_and_refuses_what_comes(running: tuple[Engine
     thread.shutdown()
 
 
+def test_draining_lets_short_requests_finish_ends_long_ones_and_refuses_new_ones(
+    running: tuple[EngineThread, FakeExecutor],
+) -> None:
+    thread, executor = running
+    executor.hang = threading.Event()  # until all is submitted
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    short, aborted = Request("short", [1, 2, 3], params), Request("aborted", [4, 5, 6], params)
+    sinks = {request.request_id: Collector() for request in (short, aborted)}
+    for request in (short, aborted):
+        thread.submit(request, sinks[request.request_id])
+    draining = threading.Thread(target=thread.drain, args=(WAIT,))
+    draining.start()
+    deadline = time.monotonic() + WAIT
+    with pytest.raises(EngineDeadError, match="the server is shutting down"):
+        while time.monotonic() < deadline:
+            thread.submit(Request("late", [1], params), Collector())
+    thread.abort("aborted")
+    executor.hang.set()
+    draining.join(WAIT / 2)  # it does not use up its patience
+    assert not draining.is_alive()
+    assert sinks["short"].token_ids == expected([short])["short"]
+    assert sinks["aborted"].reason is FinishReason.ABORT
+    assert not thread.is_healthy() and thread.failure is None
+
+
+def test_draining_ends_what_outlasts_its_patience(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, executor = running
+    executor.hang = threading.Event()
+    sink = Collector()
+    thread.submit(Request("long", [1, 2, 3], SamplingParams(max_tokens=80, ignore_eos=True)), sink)
+    draining = threading.Thread(target=thread.drain, args=(0.1, WAIT))
+    draining.start()
+    time.sleep(0.2)
+    assert not sink.ended.is_set(), "the step in hand is waited for"
+    executor.hang.set()
+    assert sink.ended.wait(WAIT)
+    assert isinstance(sink.outputs[-1].error, EngineDeadError)
+    draining.join(WAIT)
+
+
 def test_a_dying_engine_answers_everyone_and_reports_it(running: tuple[EngineThread, FakeExecutor]) -> None:
     thread, executor = running
     assert thread.is_healthy()
@@ -142,6 +182,7 @@ def test_a_dying_engine_answers_everyone_and_reports_it(running: tuple[EngineThr
     while thread.is_healthy() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not thread.is_healthy()
+    assert "3 steps in a row failed" in str(thread.failure)
 
 
 def test_an_error_of_the_engine_itself_is_answered_too(running: tuple[EngineThread, FakeExecutor]) -> None:

@@ -206,32 +206,43 @@ def test_a_failed_step_ends_its_own_requests_and_no_others() -> None:
     assert blocks.num_free_blocks == blocks.num_blocks
 
 
-def test_a_step_launched_with_requests_that_have_failed_meanwhile_costs_nobody_else_anything() -> None:
-    engine, executor, blocks = make_engine(max_num_seqs=4, num_blocks=128)
-    requests = make_requests(3, 12)
-    executor.fail_steps = {
-        5,
-        6,
-        20,
-        21,
-        35,
-        36,
-    }  # the second of each pair was launched before the first was known to fail
-    for request in requests:
+@pytest.mark.parametrize("num_failures", [2, 3])
+@pytest.mark.parametrize("rows_fail", [False, True])
+def test_a_step_launched_before_a_failure_was_known_costs_its_newcomers_nothing(
+    rows_fail: bool, num_failures: int
+) -> None:
+    """Two requests run, two more arrive just before the step that is launched behind the one that fails, and fails too."""
+    engine, executor, blocks = make_engine(max_num_seqs=5, num_blocks=128, max_num_batched_tokens=64)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    old = [Request("a", [1, 2, 3], params), Request("b", [4] * 9, params)]
+    new = [
+        Request("c", list(range(40)), params),
+        Request("d", [7], params),
+    ]  # d is planned before c: it decodes at once
+    late = Request("e", [8, 9], params)
+    first = 6
+    executor.broken_steps, executor.fail_steps = ({first}, set(range(first + 1, first + num_failures)))
+    if not rows_fail:
+        executor.broken_steps, executor.fail_steps = set(), executor.fail_steps | {first}
+    for request in old:
         engine.add_request(request)
-    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    failed: list[set[str]] = []
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in (*old, *new, late)}
+    failed: set[str] = set()
     while engine.has_work():
-        outputs = engine.step()
-        for output in outputs:
+        step = engine.stats().steps_total
+        for request in {first + 1: new, first + 2: [late]}.get(step, []):
+            engine.add_request(request)
+        for output in engine.step():
             tokens[output.request_id] += output.token_ids
-        errors = {output.request_id for output in outputs if output.error is not None}
-        if errors:
-            failed.append(errors)
+            failed |= {output.request_id} if output.error is not None else set()
+        if step == first + 1:
+            assert engine.stats().num_preempted == 2, "the failed step is taken back"
+            assert [group.request_id for group in engine.scheduler.preempted] == ["c", "d"]
         blocks.check_integrity()
-    assert len(failed) == 2, "one failure a pair"
-    wanted = expected(requests)
-    assert all(tokens[name] == wanted[name] for name in tokens if not any(name in names for names in failed))
+    # A third failure is theirs: nobody else was in that step.
+    assert failed == ({"a", "b"} if num_failures == 2 else {"a", "b", "c", "d", "e"})
+    wanted = expected([*old, *new, late])
+    assert all(tokens[name] == wanted[name] for name in tokens if name not in failed)
     assert blocks.num_free_blocks == blocks.num_blocks
 
 
