@@ -97,6 +97,15 @@ def test_several_samples_of_a_prompt(llm: LLM) -> None:
     assert stopped.outputs[2].stop_reason == stop
 
 
+def test_bad_words_are_left_out_and_prompts_truncated(llm: LLM) -> None:
+    (plain,) = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=4, bad_words=["Paris"], truncate_prompt_tokens=5)
+    (output,) = llm.generate("and " * 9 + "The capital of France is", params, use_tqdm=False)
+    assert output.prompt_token_ids == plain.prompt_token_ids
+    assert "Paris" in plain.outputs[0].text
+    assert "Paris" not in output.outputs[0].text
+
+
 def test_shared_prefixes_are_computed_once(llm: LLM) -> None:
     prompt = "A long story about a fox and a hare. " * 8
     params = SamplingParams(temperature=0, max_tokens=2)

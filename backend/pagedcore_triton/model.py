@@ -12,7 +12,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from pagedcore.config import EngineConfig
-from pagedcore.engine.request import Request
+from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.errors import ConfigError, RequestError
 from pagedcore.serve.cache import SetupError
@@ -123,7 +123,10 @@ class TritonPythonModel:
             inputs, request.parameters(), request.requested_output_names(), model_name=self._model_name
         )
         params = generate.sampling_params
-        prompt_token_ids = encode_prompt(self._tokenizer, generate.prompt)
+        prompt_token_ids = truncate_prompt(
+            encode_prompt(self._tokenizer, generate.prompt), params, self._loaded.max_model_len
+        )
+        bad_words = self._tokenizer.bad_word_ids(params.bad_words or ())
         request_id = str(next(self._request_ids))
         stream = ResponseStream(
             request_id,
@@ -135,7 +138,7 @@ class TritonPythonModel:
         )
         self._senders.add(stream)
         try:
-            self._engine.submit(Request(request_id, prompt_token_ids, params), stream)
+            self._engine.submit(Request(request_id, prompt_token_ids, params, bad_words=bad_words), stream)
         except Exception as error:
             # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
             self._senders.discard(stream)

@@ -117,6 +117,8 @@ def _parse_prompt(inputs: Mapping[str, Array]) -> Prompt:
     if token_ids.ndim != 1 or token_ids.size == 0:
         raise RequestError(f"input_ids must have the shape [n], n at least 1, got {list(token_ids.shape)}")
     ids: list[int] = token_ids.tolist()
+    if min(ids) < 0:
+        raise RequestError(f"input_ids must be token ids (integers from 0 up), got {min(ids)}")
     return ids
 
 

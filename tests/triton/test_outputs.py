@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import urllib.request
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pagedcore.serve.default_model import ensure_default_model
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import MODEL, TIMEOUT, Response, generate, responses_of
+from tests.triton.judge import Continuation, Judge
 
 PROMPT = "The capital of France is"
 NUM_TOKENS = 12
@@ -22,31 +19,9 @@ FLAGS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", 
 EVERYTHING = {f"return_{name}": True for name in FLAGS}
 
 
-@dataclass(frozen=True)
-class Reference:
-    """transformers' greedy continuation of PROMPT."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    pieces: list[str]  # the text of each token
-    logprobs: list[list[float]]  # [NUM_TOKENS][vocab_size], before each token
-
-
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    folder = ensure_default_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several spin, and the server has the same cores
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    output = model.generate(
-        ids, do_sample=False, max_new_tokens=NUM_TOKENS, output_logits=True, return_dict_in_generate=True
-    )
-    torch.set_num_threads(threads)
-    new = output.sequences[0, ids.shape[1] :].tolist()
-    logprobs = [torch.log_softmax(logits[0].float(), dim=-1).tolist() for logits in output.logits]
-    return Reference(ids[0].tolist(), new, [tokenizer.decode([i]) for i in new], logprobs)
+def reference(judge: Judge) -> Continuation:
+    return judge.continuation(PROMPT, NUM_TOKENS)
 
 
 def ask(server: TritonServer, *, stream: bool, sampling: dict[str, Any] | None = None, **inputs: Any) -> list[Response]:
@@ -80,7 +55,7 @@ def test_the_model_declares_the_whole_contract(server: TritonServer) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("logprobs", [None, 0, 2])
-def test_additional_outputs(server: TritonServer, reference: Reference, stream: bool, logprobs: int | None) -> None:
+def test_additional_outputs(server: TritonServer, reference: Continuation, stream: bool, logprobs: int | None) -> None:
     """All six at once: types, shapes, and the values of every response."""
     responses = ask(server, stream=stream, sampling={} if logprobs is None else {"logprobs": logprobs}, **EVERYTHING)
     assert len(responses) == (NUM_TOKENS if stream else 1)
@@ -112,7 +87,7 @@ def test_additional_outputs(server: TritonServer, reference: Reference, stream: 
             check_position(position, reference, i, logprobs)
 
 
-def check_position(position: dict[str, Any], reference: Reference, i: int, num_logprobs: int) -> None:
+def check_position(position: dict[str, Any], reference: Continuation, i: int, num_logprobs: int) -> None:
     """The drawn token and the most likely ones, which greedily are the same one at rank 1."""
     expected = sorted(range(len(reference.logprobs[i])), key=lambda token: -reference.logprobs[i][token])
     ranked = expected[: max(1, num_logprobs)]
@@ -152,9 +127,9 @@ def test_only_requested_outputs_are_sent(server: TritonServer) -> None:
     assert set(response.values) == {"num_output_tokens"}
 
 
-def test_finish_reason_and_counts_when_a_stop_ends_the_text(server: TritonServer, reference: Reference) -> None:
+def test_finish_reason_and_counts_when_a_stop_ends_the_text(server: TritonServer, reference: Continuation) -> None:
     """A stop string counts up to the token that completed it, a stop token counts itself; neither is shown."""
-    text = "".join(reference.pieces)
+    text = reference.text
     stop = text[9:14]
     count = next(n for n in range(NUM_TOKENS + 1) if stop in "".join(reference.pieces[:n]))
     for sampling, shown, tokens in (
@@ -173,7 +148,7 @@ def test_finish_reason_and_counts_when_a_stop_ends_the_text(server: TritonServer
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_http_has_the_same_values_as_fields(server: TritonServer, reference: Reference, stream: bool) -> None:
+def test_http_has_the_same_values_as_fields(server: TritonServer, reference: Continuation, stream: bool) -> None:
     body = {
         "text_input": PROMPT,
         "stream": stream,
@@ -191,21 +166,21 @@ def test_http_has_the_same_values_as_fields(server: TritonServer, reference: Ref
     for event in events:
         assert set(event) == {"model_name", "model_version", "text_output", *FLAGS}
         assert event["num_input_tokens"] == len(reference.prompt_ids)
-    assert "".join(event["text_output"] for event in events) == "".join(reference.pieces)
+    assert "".join(event["text_output"] for event in events) == reference.text
     assert sum(event["num_output_tokens"] for event in events) == NUM_TOKENS
     assert [event["finish_reason"] for event in events] == ["None"] * (len(events) - 1) + ["length"]
 
 
-def test_a_prompt_of_token_ids_continues_as_its_text(server: TritonServer, reference: Reference) -> None:
+def test_a_prompt_of_token_ids_continues_as_its_text(server: TritonServer, reference: Continuation) -> None:
     (plain,) = ask(server, stream=False, input_ids=reference.prompt_ids, return_num_input_tokens=True)
     assert plain.values == {
-        "text_output": ["".join(reference.pieces)],
+        "text_output": [reference.text],
         "num_input_tokens": [len(reference.prompt_ids)],
     }
     (echoed,) = ask(server, stream=False, input_ids=reference.prompt_ids, exclude_input_in_output=False)
-    assert echoed.values["text_output"] == [PROMPT + "".join(reference.pieces)]
+    assert echoed.values["text_output"] == [PROMPT + reference.text]
     body = {"input_ids": reference.prompt_ids, "max_tokens": NUM_TOKENS, "temperature": 0}
-    assert generate(server.http_url, body).text == "".join(reference.pieces)
+    assert generate(server.http_url, body).text == reference.text
 
 
 def test_the_same_request_has_the_same_number_of_responses(server: TritonServer) -> None:
