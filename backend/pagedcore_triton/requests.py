@@ -83,7 +83,7 @@ def parse_request(
     params = _parse_sampling_params(inputs, parameters)
     names = {output.name for output in outputs}
     wants_logprobs = "logprobs" in names and params.logprobs is not None
-    if "cumulative_logprob" in names and params.logprobs is None:
+    if "cumulative_logprob" in names and params.logprobs is None and not params.ranks_outputs:
         params = dataclasses.replace(params, logprobs=0)
     return GenerateRequest(prompt, stream, not exclude_input, outputs, params, wants_logprobs)
 

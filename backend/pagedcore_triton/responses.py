@@ -42,10 +42,12 @@ class Channel(Protocol):
     def is_cancelled(self) -> bool: ...
 
 
-class Aborter(Protocol):
+class EngineControl(Protocol):
     """The part of the engine that a response needs."""
 
     def abort(self, request_id: str) -> None: ...
+
+    def end_sequence(self, request_id: str, index: int) -> None: ...
 
 
 class SendingLane(Protocol):
@@ -136,7 +138,7 @@ class ResponseStream:
         with self._closing:
             return not self._closed and self._channel.is_cancelled()
 
-    def send_pending(self, merge: bool, engine: Aborter) -> bool:
+    def send_pending(self, merge: bool, engine: EngineControl) -> bool:
         """Send what the engine has pushed, as one response if `merge`, else the next token of each sequence only.
 
         Returns whether anything is left, so that the stream has to line up again. An error in here ends the request, not
@@ -165,19 +167,23 @@ class ResponseStream:
                 return False
         return True
 
-    def _send_next(self, merge: bool, engine: Aborter) -> None:
+    def _send_next(self, merge: bool, engine: EngineControl) -> None:
         if self._closed:
             return
         if not any(self._pending):
             self._send_failure()
             return
-        for sequence, pending in zip(self._sequences, self._pending, strict=True):
+        stopped_by_text: list[int] = []
+        for index, (sequence, pending) in enumerate(zip(self._sequences, self._pending, strict=True)):
             count = len(pending) if merge or not self._stream else min(1, len(pending))
-            if count:
-                sequence.take([pending.popleft() for _ in range(count)])
+            if count and sequence.take([pending.popleft() for _ in range(count)]):
+                stopped_by_text.append(index)
         final = all(sequence.finish_reason is not None for sequence in self._sequences)
         if final and self._num_open > 0:
             engine.abort(self.request_id)
+        elif stopped_by_text:
+            for index in stopped_by_text:
+                engine.end_sequence(self.request_id, index)
         if final or self._stream:
             self._send(final)
 

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from queue import Empty, SimpleQueue
 
-from pagedcore_triton.responses import Aborter, ResponseStream
+from pagedcore_triton.responses import EngineControl, ResponseStream
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ POLL_GROUP = 8
 class Lane:
     """A sending thread. Streams with something to send wait in line; those without a first response go first."""
 
-    def __init__(self, engine: Aborter, name: str) -> None:
+    def __init__(self, engine: EngineControl, name: str) -> None:
         self.num_streams = 0  # pinned to this lane and not closed
         self._engine = engine
         self._inbox: SimpleQueue[ResponseStream | None] = SimpleQueue()
@@ -78,7 +78,7 @@ class SenderPool:
     the tokens that a request has piled up.
     """
 
-    def __init__(self, engine: Aborter) -> None:
+    def __init__(self, engine: EngineControl) -> None:
         self._engine = engine
         self._lanes = [Lane(engine, f"pagedcore-sender-{number}") for number in range(NUM_LANES)]
         self._lock = threading.Lock()  # guards _streams and the lanes' num_streams

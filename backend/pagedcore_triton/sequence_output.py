@@ -41,29 +41,33 @@ class SequenceOutput:
         self._new_logprobs: list[TokenLogprobs] = []
         self._cumulative_logprob = 0.0
 
-    def take(self, outputs: Iterable[TokenOutput]) -> None:
-        """Add the engine's next outputs of this sequence."""
+    def take(self, outputs: Iterable[TokenOutput]) -> bool:
+        """Add the engine's next outputs of this sequence; returns whether a stop string has ended it before the engine."""
+        if self.finish_reason is not None:
+            return False
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
         reason: FinishReason | None = None
+        total: float | None = None
         for output in outputs:
             token_ids += output.token_ids
             logprobs += output.logprobs or ()
-            reason = output.finish_reason
-        if self.finish_reason is not None:
-            return
-        count = len(token_ids)
+            reason, total = output.finish_reason, output.cumulative_logprob
+        ended_by_engine, count = reason is not None, len(token_ids)
         if self._text is not None:
-            hide_last = reason is FinishReason.STOP and self._hides_stop_token
+            hide_last = reason is FinishReason.STOP and self._hides_stop_token and count > 0
             before = self._text.num_tokens
-            self._new_text += self._text.push(token_ids, final=reason is not None, hide_last=hide_last)
+            self._new_text += self._text.push(token_ids, final=ended_by_engine, hide_last=hide_last)
             if self._text.stopped_by is not None:
-                reason, count = FinishReason.STOP, self._text.num_tokens - before
+                reason, count, total = FinishReason.STOP, self._text.num_tokens - before, None
         self._new_token_ids += token_ids[:count]
         self._cumulative_logprob += sum(entry.logprob for entry in logprobs[:count])
+        if total is not None:
+            self._cumulative_logprob = total
         if self._wants_logprobs:
             self._new_logprobs += logprobs[:count]
         self.finish_reason = reason
+        return reason is not None and not ended_by_engine
 
     def delta(self) -> SequenceDelta:
         """What is new since the last call."""

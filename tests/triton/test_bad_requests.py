@@ -59,7 +59,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "min_tokens above max_tokens": (sampling(min_tokens=9, max_tokens=8), "min_tokens must be at most max_tokens"),
     "seed too large": (sampling(seed=2**64), "seed must be an integer in"),
     "logprobs above the limit": (sampling(logprobs=21), "logprobs must be in [0, 20]"),
-    "n above 1": (sampling(n=2), "n must be 1"),
+    "n above the limit": (sampling(n=65), "n must be an integer in [1, 64], got 65"),
     "ignore_eos a word": (sampling(ignore_eos="maybe"), "ignore_eos must be true or false"),
     "stop a number": (sampling(stop=3), "stop must be"),
     "stop with an empty text": (sampling(stop=[""]), "stop must hold texts of 1 to"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -145,6 +146,70 @@ def test_finish_reason_and_counts_when_a_stop_ends_the_text(server: TritonServer
             ids = [token_id for value in values for token_id in json.loads(value["token_ids"])]
             assert ids == reference.token_ids[:tokens]
             assert len(responses) == (tokens if stream else 1)
+
+
+def drawn(server: TritonServer, stream: bool, **sampling: Any) -> list[Response]:
+    """Three draws with everything returned."""
+    params = {"n": 3, "temperature": 1.0, "seed": 11, "logprobs": 1, "ignore_eos": False, "max_tokens": 24}
+    return ask(server, stream=stream, sampling=params | sampling, exclude_input_in_output=True, **EVERYTHING)
+
+
+def test_several_outputs_have_an_element_each_in_their_order(server: TritonServer) -> None:
+    """Streamed: a response per step, the texts adding up to those of the one response without streaming."""
+    (whole,) = drawn(server, stream=False)
+    pieces = drawn(server, stream=True)
+    assert len(set(whole.values["text_output"])) == 3
+    assert [len(value) for value in whole.values.values()] == [
+        1 if n == "num_input_tokens" else 3 for n in whole.values
+    ]
+    counts = whole.values["num_output_tokens"]
+    assert len(pieces) == max(counts)
+    for index in range(3):
+        parts = [
+            {name: response.values[name][index % len(response.values[name])] for name in FLAGS} for response in pieces
+        ]
+        texts = [response.values["text_output"][index] for response in pieces]
+        assert "".join(texts) == whole.values["text_output"][index]
+        assert [part["num_output_tokens"] for part in parts] == [1] * counts[index] + [0] * (
+            len(pieces) - counts[index]
+        )
+        ids = [token_id for part in parts for token_id in json.loads(part["token_ids"])]
+        assert ids == json.loads(whole.values["token_ids"][index])
+        positions = [position for part in parts for position in json.loads(part["logprobs"])]
+        assert positions == json.loads(whole.values["logprobs"][index])
+        total = sum(position[str(token_id)]["logprob"] for position, token_id in zip(positions, ids, strict=True))
+        assert parts[-1]["cumulative_logprob"] == pytest.approx(total, abs=1e-3)
+        assert parts[-1]["finish_reason"] == whole.values["finish_reason"][index] != "None"
+    single = drawn(server, stream=False, n=1)[0]
+    assert single.values["text_output"] == whole.values["text_output"][:1]
+
+
+def test_greedy_outputs_are_the_same_and_each_has_the_prompt(server: TritonServer, reference: Continuation) -> None:
+    (response,) = ask(server, stream=False, sampling={"n": 2})
+    assert response.values["text_output"] == [PROMPT + reference.text] * 2
+    body = {"text_input": PROMPT, "n": 2, "max_tokens": NUM_TOKENS, "temperature": 0, "exclude_input_in_output": True}
+    request = urllib.request.Request(f"http://{server.http_url}/v2/models/{MODEL}/generate", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as http_response:
+        assert json.load(http_response)["text_output"] == [reference.text] * 2
+
+
+def test_a_stop_string_ends_one_output_of_several(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
+    (free,) = drawn(server, stream=False)
+    texts = free.values["text_output"]
+    stop = next(texts[1][i : i + 6] for i in range(4, 40) if all(texts[1][i : i + 6] not in texts[k] for k in (0, 2)))
+    for stream in (True, False):
+        responses = drawn(server, stream=stream, stop=[stop])
+        joined = ["".join(response.values["text_output"][index] for response in responses) for index in range(3)]
+        assert joined == [texts[0], texts[1].partition(stop)[0], texts[2]]
+        assert responses[-1].values["finish_reason"][1] == "stop"
+
+
+def test_the_best_outputs_of_more_draws_come_at_the_end(server: TritonServer) -> None:
+    """Best first, also with a stream, which has one response then."""
+    sums = drawn(server, stream=False, n=4)[0].values["cumulative_logprob"]
+    responses = drawn(server, stream=True, n=2, best_of=4)
+    assert [response.final for response in responses] == [True]
+    assert responses[0].values["cumulative_logprob"] == pytest.approx(sorted(sums, reverse=True)[:2], abs=1e-3)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -77,11 +77,16 @@ class RecordingEngine:
         self.streams: dict[str, ResponseStream] = {}
         self.channels: list[RecordingChannel] = []
         self.aborted: list[str] = []
+        self.ended: list[tuple[str, int]] = []
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         if stream := self.streams.pop(request_id, None):
             stream.push(TokenOutput(request_id, 0, [], FinishReason.ABORT))
+
+    def end_sequence(self, request_id: str, index: int) -> None:
+        self.ended.append((request_id, index))
+        self.streams[request_id].push(TokenOutput(request_id, index, [], FinishReason.STOP))
 
 
 @pytest.fixture
@@ -239,9 +244,9 @@ def test_a_stop_string_ends_its_sequence_only(pool: SenderPool, engine: Recordin
         client.push(first, index=0)
         client.push(second, index=1)
     until(lambda: len(client.channel.sent) == 2)
-    client.push(one, index=0)  # the engine does not know
+    until(lambda: engine.ended == [("a", 0)])
+    client.push(one, index=0)  # computed before the engine heard of it
     client.push(three, index=1)
-    client.push(three, index=0)
     client.push(two, index=1)
     assert client.result() == ["one|one", "| three", "| three", "|"]
     assert client.channel.deltas[1][0] == SequenceDelta("", FinishReason.STOP, [two])
