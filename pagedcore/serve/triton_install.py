@@ -29,7 +29,7 @@ SUPPORTED_PYTHONS = ("3.10", "3.11", "3.12")
 _WHEEL = PinnedWheel("nvidia-pytriton==0.7.0", "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df")
 _TRITON_VERSION = "2.51.0"
 _BYTES_NEEDED = 300_000_000
-_STUB = "triton_python_backend_stub"
+PYTHON_BACKEND_STUB = "triton_python_backend_stub"
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,21 @@ def _installed(binary: Path, libpython: Path) -> TritonInstallation:
     if not os.access(binary, os.X_OK) or binary.is_dir():
         raise SetupError(f"TRITONSERVER={binary} is not an executable file")
     backends = binary.parent.parent / "backends"
-    stub = backends / "python" / _STUB
+    stub = backends / "python" / PYTHON_BACKEND_STUB
     if not stub.is_file():
         raise SetupError(f"{binary} comes without the Python backend: {stub} not found")
+    check_stub_python(stub)
+    return TritonInstallation(binary, backends, libpython)
+
+
+def check_stub_python(stub: Path) -> None:
+    """Raise SetupError if the Python backend's stub embeds another Python version than this one."""
     match = re.search(rb"libpython(3\.\d+)\.so", stub.read_bytes())
     if match is not None and match[1].decode() != _python_version():
         raise SetupError(
             f"{stub} embeds Python {match[1].decode()}, but this environment has Python {_python_version()}; "
             f"make the environment with: make PYTHON=python{match[1].decode()}"
         )
-    return TritonInstallation(binary, backends, libpython)
 
 
 def _unpack(wheel: Path, into: Path) -> None:
@@ -120,5 +125,7 @@ def _unpack(wheel: Path, into: Path) -> None:
         backend.mkdir(parents=True)
         for file in (server / "backends" / "python").iterdir():
             os.link(file, backend / file.name)
-        stub = shutil.copy2(server / "python_backend_stubs" / python / _STUB, backend / _STUB)
+        stub = shutil.copy2(
+            server / "python_backend_stubs" / python / PYTHON_BACKEND_STUB, backend / PYTHON_BACKEND_STUB
+        )
         Path(stub).chmod(0o755)
