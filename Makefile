@@ -1,7 +1,7 @@
-# make serve | test | check | bench | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
+# make serve | install | test | check | bench | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench asan cuda clean setup-serve setup-test setup-bench
+.PHONY: help setup serve install test check bench asan cuda clean setup-serve setup-test setup-bench
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
@@ -13,6 +13,8 @@ HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 MODEL ?=
+BACKENDS ?= /opt/tritonserver/backends
+NAME ?= pagedcore
 TRITONSERVER ?=
 ARGS ?=
 BENCHMARKS ?= $(addprefix benchmarks/,engine/host_step.py engine/cpu_graphs.py engine/cpu_engine.py engine/busy_neighbour.py \
@@ -25,6 +27,7 @@ SETUP = @command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; 
 
 help:
 	@echo "make serve   serve a model with tritonserver (MODEL=folder HOST= HTTP_PORT= GRPC_PORT= METRICS_PORT= TRITONSERVER=)"
+	@echo "make install put the backend into an installed tritonserver (BACKENDS=/opt/tritonserver/backends NAME=vllm|pagedcore)"
 	@echo "make test    the whole test suite (ARGS='-k name' goes to pytest)"
 	@echo "make check   ruff, mypy, clang-format"
 	@echo "make bench   the CPU benchmarks, written to benchmarks/results"
@@ -45,6 +48,9 @@ setup: setup-serve
 serve: setup-serve
 	@exec $(VENV_BIN)/python -m pagedcore.serve --model '$(MODEL)' --host '$(HOST)' --http-port '$(HTTP_PORT)' \
 	  --grpc-port '$(GRPC_PORT)' --metrics-port '$(METRICS_PORT)' --tritonserver '$(TRITONSERVER)'
+
+install: setup-serve
+	@$(VENV_BIN)/python -m pagedcore.serve.install_backend --backends '$(BACKENDS)' --name '$(NAME)'
 
 test: setup-test
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagedcore.errors import ConfigError
+from pagedcore.vllm_arguments import without_vllm_only
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -53,6 +55,7 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         self._check_choice("dtype", DTYPES)
         self._check_choice("device", DEVICES)
         self._check_choice("load_format", LOAD_FORMATS)
@@ -88,13 +91,19 @@ class EngineConfig:
 
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> EngineConfig:
-        """Build from a mapping such as model.json; unknown keys raise ConfigError with the list of valid ones."""
+        """Build from a mapping such as model.json.
+
+        Raises:
+            ConfigError: a key is neither here nor vLLM's (the text lists the valid ones), or asks for what is not there.
+        """
         valid = [field.name for field in dataclasses.fields(cls)]
+        arguments = without_vllm_only(arguments)
         for key in arguments:
             if key not in valid:
                 near = difflib.get_close_matches(key, valid, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"unknown engine argument {key!r}.{hint} Valid ones: {', '.join(valid)}")
+        arguments = {key: value for key, value in arguments.items() if value is not None}  # null means: not given
         if "model" not in arguments:
             raise ConfigError("engine argument 'model' is required: the path of a Hugging Face model folder")
         return cls(**arguments)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from pagedcore.build import load_engine
 from pagedcore.config import EngineConfig
 from pagedcore.engine.outputs import EngineStats, TokenLogprobs, TokenOutput
-from pagedcore.engine.request import Request
+from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.errors import ConfigError, RequestError
@@ -129,7 +129,9 @@ class LLM:
         elif "prompt_token_ids" not in prompt:
             text = prompt["prompt"]
         token_ids = list(prompt["prompt_token_ids"]) if text is None else self.get_tokenizer().encode(text)  # type: ignore[index,typeddict-item]
-        request = Request(str(self._num_requests), token_ids, params)
+        token_ids = truncate_prompt(token_ids, params, self._loaded.max_model_len)
+        bad_words = self.get_tokenizer().bad_word_ids(params.bad_words) if params.bad_words else ()
+        request = Request(str(self._num_requests), token_ids, params, bad_words=bad_words)
         self._num_requests += 1
         return _Generation(request, text, self._loaded.tokenizer)
 

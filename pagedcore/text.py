@@ -61,6 +61,19 @@ class Tokenizer:
         """The text of one token inside a text; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
+    def bad_word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The token ids by which `words` are recognized in an output: at the start of a text and, where a space before the
+        word changes its first token only, after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            at_start, after_space = (
+                tuple(self.encode(prefix + word.lstrip(), add_special_tokens=False)) for prefix in ("", " ")
+            )
+            found[at_start] = None
+            if len(after_space) == len(at_start) and after_space[0] != at_start[0]:
+                found[after_space] = None
+        return tuple(found)
+
     def is_special(self, token_id: int) -> bool:
         """True for control tokens such as the end-of-sequence token."""
         return token_id in self._special_ids

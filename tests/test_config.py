@@ -40,9 +40,37 @@ def test_unknown_argument_is_refused_with_the_valid_ones_and_a_guess() -> None:
         assert name in str(caught.value)
 
 
+def test_null_means_left_out_and_dtypes_have_short_names() -> None:
+    config = EngineConfig.from_dict({"model": "x", "max_num_seqs": None, "seed": None, "dtype": "half"})
+    assert config == EngineConfig(model="x", dtype="float16")
+    assert EngineConfig(model="x", dtype="float").dtype == "float32"
+
+
+def test_vllms_other_arguments_are_taken_where_they_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    arguments = {
+        "disable_log_requests": True,
+        "distributed_executor_backend": "mp",
+        "quantization": None,
+        "kv_cache_dtype": "auto",
+        "enable_lora": "false",
+        "cpu_offload_gb": 0.0,
+        "scheduling_policy": "fcfs",
+        "limit_mm_per_prompt": {},
+    }
+    assert EngineConfig.from_dict({"model": "x"} | arguments) == EngineConfig(model="x")
+    assert all(any(name in record.getMessage() for record in caplog.records) for name in arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"model": "x", "quantization": "awq"}, "quantization is not supported .* must be left out, got 'awq'"),
+        ({"model": "x", "kv_cache_dtype": "fp8"}, "kv_cache_dtype .* must be 'auto' or left out, got 'fp8'"),
+        ({"model": "x", "enable_lora": True}, "enable_lora is not supported .* got True"),
+        ({"model": "x", "speculative_config": {"method": "ngram"}}, "speculative_config is not supported"),
+        ({"model": "x", "scheduling_policy": "priority"}, "scheduling_policy .* must be 'fcfs' or left out"),
+        ({"model": "x", "cpu_offload_gb": 4}, "cpu_offload_gb is not supported .* must be 0 or left out, got 4"),
+        ({"model": "x", "data_parallel_size": True}, "data_parallel_size is not supported .* got True"),
         ({}, "engine argument 'model' is required"),
         ({"model": ""}, "model must be the path"),
         ({"model": 3}, "model must be the path"),

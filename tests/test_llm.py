@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from pagedcore import LLM, SamplingParams, TokensPrompt
 from pagedcore.errors import ConfigError, RequestError
+from pagedcore.llm import RequestOutput
 from pagedcore.serve.default_model import ensure_default_model
 
 PROMPT = "The capital of France is"
@@ -95,6 +97,16 @@ def test_several_samples_of_a_prompt(llm: LLM) -> None:
     for completion, free in zip(stopped.outputs, output.outputs, strict=True):
         assert completion.text == free.text.split(stop)[0]
     assert stopped.outputs[2].stop_reason == stop
+
+
+def test_bad_words_are_left_out_and_prompts_truncated(llm: LLM) -> None:
+    def generate(**params: Any) -> RequestOutput:
+        return llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=4, **params), use_tqdm=False)[0]
+
+    plain = generate().outputs[0].text
+    word = plain.split()[0]
+    assert word not in generate(bad_words=[word]).outputs[0].text
+    assert generate(truncate_prompt_tokens=2).prompt_token_ids == llm.get_tokenizer().encode(PROMPT)[-2:]
 
 
 def test_shared_prefixes_are_computed_once(llm: LLM) -> None:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from pagedcore.config import EngineConfig
-from pagedcore.engine.request import Request
+from pagedcore.engine.request import Request, truncate_prompt
+from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.errors import ConfigError, RequestError
 from pagedcore.serve.cache import SetupError
 from pagedcore.serve.default_model import resolve_model
 from pagedcore.text import OutputText
+from pagedcore_triton.json_text import parse_json_object
 from pagedcore_triton.lifecycle import Lifecycle
 from pagedcore_triton.metrics import Metrics
-from pagedcore_triton.protocol import INPUTS, OUTPUTS, OutputDelta, encode, parse_json_object, parse_request
-from pagedcore_triton.responses import ErrorCode, ResponseStream, SenderPool, error_of
+from pagedcore_triton.protocol import INPUTS, OUTPUTS, InputTensor, OutputDelta, OutputTensor, encode
+from pagedcore_triton.requests import GenerateRequest, encode_prompt, parse_request
+from pagedcore_triton.responses import ErrorCode, ResponseStream, error_of
+from pagedcore_triton.senders import SenderPool
+from pagedcore_triton.sequence_output import SequenceOutput
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +33,14 @@ STOP_SECONDS = 5.0  # for each part of finalize
 
 
 class TritonChannel:
-    """The way back to a request's client, through Triton's response sender."""
+    """The way back to a request's client, through Triton's response sender; responses have the tensors of `outputs`."""
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, outputs: Sequence[OutputTensor]) -> None:
         self._sender = sender
+        self._outputs = outputs
 
     def send(self, delta: OutputDelta, final: bool) -> None:
-        tensors = [pb_utils.Tensor(name, array) for name, array in encode(delta).items()]
+        tensors = [pb_utils.Tensor(name, array) for name, array in encode(delta, self._outputs).items()]
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
         self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
 
@@ -78,6 +85,7 @@ class TritonPythonModel:
         assert self._loaded.tokenizer is not None
         self._tokenizer = self._loaded.tokenizer
         self._engine = self._loaded.engine
+        self._model_name = args["model_name"]
         self._request_ids = itertools.count()
         self._senders = SenderPool(self._engine)
         self._senders.start()
@@ -92,14 +100,14 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the engine and return; a request that cannot be served is answered here."""
         for request in requests:
-            channel = TritonChannel(request.get_response_sender())
+            sender = request.get_response_sender()
             try:
-                self._submit(request, channel)
+                self._submit(request, sender)
             except Exception as error:
                 code, message = error_of(error)
                 if code is ErrorCode.INTERNAL:
                     logger.exception("a request failed before it reached the engine")
-                channel.send_error(code, message)
+                TritonChannel(sender, ()).send_error(code, message)
 
     def is_ready(self) -> bool:
         """Whether the engine is alive and making progress; Triton asks from its 2026 releases on."""
@@ -113,13 +121,52 @@ class TritonPythonModel:
         if self._metrics is not None:
             self._metrics.stop(STOP_SECONDS)
 
-    def _submit(self, request: Any, channel: TritonChannel) -> None:
+    def _submit(self, request: Any, sender: Any) -> None:
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        generate = parse_request(inputs, request.parameters())
+        generate = parse_request(
+            inputs, request.parameters(), request.requested_output_names(), model_name=self._model_name
+        )
         params = generate.sampling_params
-        prompt_token_ids = self._tokenizer.encode(generate.prompt)
+        prompt_token_ids = truncate_prompt(
+            encode_prompt(self._tokenizer, generate.prompt), params, self._loaded.max_model_len
+        )
+        bad_words = self._tokenizer.bad_word_ids(params.bad_words or ())
         request_id = str(next(self._request_ids))
-        text = OutputText(
+        stream = ResponseStream(
+            request_id,
+            TritonChannel(sender, generate.outputs),
+            self._sequence_outputs(generate, prompt_token_ids),
+            stream=generate.stream,
+            has_stop_strings=bool(params.stop),
+            num_input_tokens=len(prompt_token_ids),
+        )
+        self._senders.add(stream)
+        try:
+            self._engine.submit(Request(request_id, prompt_token_ids, params, bad_words=bad_words), stream)
+        except Exception as error:
+            # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
+            self._senders.discard(stream)
+            stream.refuse(error)
+
+    def _sequence_outputs(self, generate: GenerateRequest, prompt_token_ids: list[int]) -> list[SequenceOutput]:
+        params, tokenizer = generate.sampling_params, self._tokenizer
+        prefix = ""
+        if generate.echo:
+            is_text = isinstance(generate.prompt, str)
+            prefix = str(generate.prompt) if is_text else tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
+        return [
+            SequenceOutput(
+                tokenizer,
+                self._output_text(params, prompt_token_ids) if params.detokenize else None,
+                prefix=prefix,
+                hides_stop_token=not params.include_stop_str_in_output,
+                wants_logprobs=generate.wants_logprobs,
+            )
+            for _ in range(params.n)
+        ]
+
+    def _output_text(self, params: SamplingParams, prompt_token_ids: list[int]) -> OutputText:
+        return OutputText(
             self._tokenizer,
             prompt_token_ids,
             stop=params.stop or (),
@@ -127,15 +174,6 @@ class TritonPythonModel:
             min_tokens=params.min_tokens,
             skip_special_tokens=params.skip_special_tokens,
         )
-        prefix = generate.prompt if generate.echo else ""
-        stream = ResponseStream(request_id, channel, text, params, stream=generate.stream, prefix=prefix)
-        self._senders.add(stream)
-        try:
-            self._engine.submit(Request(request_id, prompt_token_ids, params), stream)
-        except Exception as error:
-            # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
-            self._senders.discard(stream)
-            stream.refuse(error)
 
 
 def _check_model_config(model_config: dict[str, Any]) -> None:
@@ -147,12 +185,17 @@ def _check_model_config(model_config: dict[str, Any]) -> None:
         raise ConfigError(
             f"config.pbtxt: instance_group must have 1 instance (one engine serves all requests), got {count}"
         )
-    for kind, rows in (("input", INPUTS), ("output", OUTPUTS)):
+    tables: tuple[tuple[str, Sequence[InputTensor | OutputTensor]], ...] = (("input", INPUTS), ("output", OUTPUTS))
+    for kind, rows in tables:
         given = {tensor["name"]: (tensor["data_type"], tuple(tensor["dims"])) for tensor in model_config[kind]}
         for row in rows:
-            if given.get(row.name) != (row.data_type, row.dims):
+            found = given.pop(row.name, None)
+            if found != (row.data_type, row.dims):
                 wanted = f"{row.data_type} and dims {list(row.dims)}, or be left out"
-                raise ConfigError(f"config.pbtxt: {kind} {row.name} must have {wanted}, got {given.get(row.name)}")
+                raise ConfigError(f"config.pbtxt: {kind} {row.name} must have {wanted}, got {found}")
+        if given:
+            names = ", ".join(row.name for row in rows)
+            raise ConfigError(f"config.pbtxt: {kind} must be one of {names}, got {next(iter(given))}")
 
 
 def _read_engine_config(path: Path) -> EngineConfig:

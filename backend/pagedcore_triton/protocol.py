@@ -1,40 +1,41 @@
-"""What goes over the wire: the tensor table, and pure functions between tensors and the engine's types."""
+"""What goes over the wire: the table of input and output tensors, and how a response's tensors are made."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedcore.engine.sampling_params import SamplingParams
-from pagedcore.errors import RequestError
+from pagedcore.engine.sequence import FinishReason
 
 Array = npt.NDArray[Any]
 
-MAX_PROMPT_BYTES = 1 << 20
-MAX_PARAMETERS_BYTES = 256 << 10
-STREAMING_ECHO = "When streaming, `exclude_input_in_output` = False is not allowed."
+
+@dataclass(frozen=True)
+class SequenceDelta:
+    """What one response tells of one of the request's output sequences.
+
+    `text`, `token_ids` and `logprobs` are what is new since the previous response, or all of it when the request does
+    not stream. `cumulative_logprob` is the sum over all output tokens so far, `finish_reason` None until the last one.
+    `logprobs` is JSON: null, or a list with one object per new token, from token id to its `Logprob` fields.
+    """
+
+    text: str
+    finish_reason: FinishReason | None = None
+    token_ids: Sequence[int] = ()
+    cumulative_logprob: float = 0.0
+    logprobs: str = "null"
 
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What one response tells: the text since the previous response, or all of it when the request does not stream."""
+    """What one response tells: of each of the request's n sequences, in the order of their indices."""
 
-    text: str
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """A parsed request. `echo`: the one response begins with the prompt."""
-
-    prompt: str
-    stream: bool
-    echo: bool
-    sampling_params: SamplingParams
+    sequences: Sequence[SequenceDelta]
+    num_input_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,133 +47,88 @@ class InputTensor:
     dims: tuple[int, ...] = (1,)
 
     def config(self) -> dict[str, Any]:
-        # Also text_input is optional for Triton, whose own check counts the inputs only; `parse_request` demands it.
+        # Also the prompt is optional for Triton, whose own check counts the inputs only; `parse_request` demands it.
         return {"name": self.name, "data_type": self.data_type, "dims": list(self.dims), "optional": True}
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A row of the tensor table: an output and how it is made from a delta."""
+    """A row of the tensor table: an output, the input that asks for it (none: always sent), and how it is made."""
 
     name: str
     data_type: str
     dims: tuple[int, ...]
+    asked_by: str | None
     encode: Callable[[OutputDelta], Array]
 
     def config(self) -> dict[str, Any]:
         return {"name": self.name, "data_type": self.data_type, "dims": list(self.dims)}
 
 
-def _text(text: str) -> Array:
-    return np.array([text.encode()], dtype=np.object_)
+def _texts(texts: Iterable[str]) -> Array:
+    return np.array([text.encode() for text in texts], dtype=np.object_)
+
+
+def _finish_reasons(delta: OutputDelta) -> Array:
+    reasons = [sequence.finish_reason for sequence in delta.sequences]
+    return _texts("None" if reason is None else reason.value for reason in reasons)
+
+
+def _token_ids(delta: OutputDelta) -> Array:
+    return _texts(f"[{', '.join(map(str, sequence.token_ids))}]" for sequence in delta.sequences)
 
 
 INPUTS = (
     InputTensor("text_input", "TYPE_STRING"),
+    InputTensor("messages", "TYPE_STRING"),
+    InputTensor("input_ids", "TYPE_INT32", (-1,)),
+    InputTensor("image", "TYPE_STRING", (-1,)),
     InputTensor("stream", "TYPE_BOOL"),
     InputTensor("sampling_parameters", "TYPE_STRING"),
     InputTensor("exclude_input_in_output", "TYPE_BOOL"),
+    InputTensor("return_finish_reason", "TYPE_BOOL"),
+    InputTensor("return_cumulative_logprob", "TYPE_BOOL"),
+    InputTensor("return_logprobs", "TYPE_BOOL"),
+    InputTensor("return_num_input_tokens", "TYPE_BOOL"),
+    InputTensor("return_num_output_tokens", "TYPE_BOOL"),
+    InputTensor("return_token_ids", "TYPE_BOOL"),
+    InputTensor("embedding_request", "TYPE_STRING"),
 )
-OUTPUTS = (OutputTensor("text_output", "TYPE_STRING", (-1,), lambda delta: _text(delta.text)),)
+OUTPUTS = (
+    OutputTensor("text_output", "TYPE_STRING", (-1,), None, lambda delta: _texts(s.text for s in delta.sequences)),
+    OutputTensor("finish_reason", "TYPE_STRING", (-1,), "return_finish_reason", _finish_reasons),
+    OutputTensor(
+        "cumulative_logprob",
+        "TYPE_FP32",
+        (-1,),
+        "return_cumulative_logprob",
+        lambda delta: np.array([s.cumulative_logprob for s in delta.sequences], dtype=np.float32),
+    ),
+    OutputTensor(
+        "logprobs",
+        "TYPE_STRING",
+        (-1,),
+        "return_logprobs",
+        lambda delta: _texts(s.logprobs for s in delta.sequences),
+    ),
+    OutputTensor(
+        "num_input_tokens",
+        "TYPE_UINT32",
+        (1,),
+        "return_num_input_tokens",
+        lambda delta: np.array([delta.num_input_tokens], dtype=np.uint32),
+    ),
+    OutputTensor(
+        "num_output_tokens",
+        "TYPE_UINT32",
+        (-1,),
+        "return_num_output_tokens",
+        lambda delta: np.array([len(s.token_ids) for s in delta.sequences], dtype=np.uint32),
+    ),
+    OutputTensor("token_ids", "TYPE_STRING", (-1,), "return_token_ids", _token_ids),
+)
 
 
-def parse_request(inputs: Mapping[str, Array], parameters: str) -> GenerateRequest:
-    """Check and decode a request.
-
-    Args:
-        inputs: the input tensors that were sent, by name; strings are arrays of bytes objects.
-        parameters: the request's own parameters as a JSON object; used only without a sampling_parameters tensor.
-
-    Raises:
-        RequestError: the text names the input or parameter, what is allowed and what was given.
-    """
-    if "text_input" not in inputs:
-        raise RequestError("text_input is required: the prompt, a text of at least 1 character")
-    prompt = _decode_utf8("text_input", _string(inputs, "text_input"), MAX_PROMPT_BYTES)
-    if not prompt:
-        raise RequestError("text_input must be at least 1 character, got an empty text")
-    stream = _flag(inputs, "stream", False)
-    exclude_input = _flag(inputs, "exclude_input_in_output", stream)
-    if stream and not exclude_input:
-        raise RequestError(STREAMING_ECHO)
-    if "sampling_parameters" in inputs:
-        content = _decode_utf8("sampling_parameters", _string(inputs, "sampling_parameters"), MAX_PARAMETERS_BYTES)
-        sampling_params = SamplingParams.from_dict(parse_json_object("sampling_parameters", content))
-    else:
-        sampling_params = SamplingParams.from_dict(parse_json_object("the request's parameters", parameters))
-    if sampling_params.n != 1:
-        raise RequestError(f"n must be 1 in this version, got {sampling_params.n}")
-    if not sampling_params.detokenize:
-        raise RequestError("detokenize must be true: the output is text, got False")
-    return GenerateRequest(prompt, stream, not exclude_input, sampling_params)
-
-
-def encode(delta: OutputDelta) -> dict[str, Array]:
-    """The output tensors of a response, by name."""
-    return {output.name: output.encode(delta) for output in OUTPUTS}
-
-
-def parse_json_object(name: str, text: str) -> dict[str, Any]:
-    """Decode a JSON object strictly: no duplicate keys, NaN, Infinity, lone surrogates, or text after it.
-
-    `name` is what the error calls it. Raises RequestError.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise RequestError(f"{name} must not repeat a key, got {ascii(repeated)[:64]} twice")
-        return values
-
-    def refuse(constant: str) -> None:
-        raise RequestError(f"{name} must hold finite numbers only, got {constant}")
-
-    if not text:
-        return {}
-    try:
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        json.dumps(values, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{name} must be a JSON object: {error.msg} at character {error.pos}") from error
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name} must hold valid Unicode text, got a lone surrogate") from error
-    except RecursionError as error:
-        raise RequestError(f"{name} must be a JSON object, got one nested too deeply") from error
-    except RequestError:
-        raise
-    except ValueError as error:
-        raise RequestError(f"{name} must be a JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise RequestError(f"{name} must be a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _string(inputs: Mapping[str, Array], name: str) -> bytes:
-    value = _single(inputs, name)
-    if not isinstance(value, bytes):
-        raise RequestError(f"{name} must be a text, got {type(value).__name__}")
-    return value
-
-
-def _flag(inputs: Mapping[str, Array], name: str, default: bool) -> bool:
-    return bool(_single(inputs, name)) if name in inputs else default
-
-
-def _single(inputs: Mapping[str, Array], name: str) -> Any:
-    array = inputs[name]
-    if array.shape != (1,):
-        raise RequestError(f"{name} must have the shape [1], got {list(array.shape)}")
-    return array[0]
-
-
-def _decode_utf8(name: str, data: bytes, max_bytes: int) -> str:
-    if len(data) > max_bytes:
-        raise RequestError(f"{name} must have at most {max_bytes} bytes, got {len(data)}")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{name} must be valid UTF-8, got byte 0x{data[error.start]:02x} at {error.start}"
-        ) from error
+def encode(delta: OutputDelta, outputs: Iterable[OutputTensor]) -> dict[str, Array]:
+    """The tensors of a response, by name: those of `outputs`."""
+    return {output.name: output.encode(delta) for output in outputs}

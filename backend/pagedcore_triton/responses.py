@@ -1,29 +1,23 @@
-"""From the engine's tokens to responses: one ResponseStream per request, a few sending threads for all of them."""
+"""From the engine's outputs to a request's responses: one ResponseStream per request."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum
-from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from pagedcore.engine.outputs import TokenOutput
-from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError
-from pagedcore.text import OutputText
 from pagedcore_triton.protocol import OutputDelta
+from pagedcore_triton.requests import LoraDisabledError
+from pagedcore_triton.sequence_output import SequenceOutput
 
 logger = logging.getLogger(__name__)
 
-NUM_LANES = 4  # a send blocks for about 0.1 ms; the process boundary saturates at about four senders
-# Asking whether a request was cancelled takes a round trip of about 0.05 ms on the channel that the senders use, so many
-# open requests are asked less often than few, and a handful at a time.
-POLL_SECONDS_PER_STREAM = 0.002
-MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.1
-POLL_GROUP = 8
 GENERATION_ERROR = "Error generating stream: "
 
 
@@ -48,14 +42,28 @@ class Channel(Protocol):
     def is_cancelled(self) -> bool: ...
 
 
-class Aborter(Protocol):
+class EngineControl(Protocol):
     """The part of the engine that a response needs."""
 
     def abort(self, request_id: str) -> None: ...
 
+    def end_sequence(self, request_id: str, index: int) -> None: ...
+
+
+class SendingLane(Protocol):
+    """The part of a sending thread that a stream needs."""
+
+    num_streams: int
+
+    def put(self, stream: ResponseStream) -> None:
+        """Put a stream that has something to send in line."""
+        ...
+
 
 def error_of(error: Exception) -> tuple[ErrorCode, str]:
     """What to tell a client about an error. Only the project's own errors are worded for clients."""
+    if isinstance(error, LoraDisabledError):
+        return ErrorCode.INVALID_ARG, str(error)
     if isinstance(error, RequestError):
         return ErrorCode.INVALID_ARG, GENERATION_ERROR + str(error)
     if isinstance(error, EngineDeadError):
@@ -68,24 +76,36 @@ def error_of(error: Exception) -> tuple[ErrorCode, str]:
 class ResponseStream:
     """One request's responses. It sees to it that exactly one of them is final, whatever happens.
 
+    A response tells the next token of every sequence that has not ended, so that the number of responses does not depend
+    on how the engine's outputs arrive; only a lane that is behind merges several tokens of a sequence into one.
+
     `push` belongs to the engine thread and `send_pending` to the lane that the stream is pinned to; any thread may ask
     whether it is cancelled or closed.
     """
 
     def __init__(
-        self, request_id: str, channel: Channel, text: OutputText, params: SamplingParams, *, stream: bool, prefix: str
+        self,
+        request_id: str,
+        channel: Channel,
+        sequences: Sequence[SequenceOutput],
+        *,
+        stream: bool,
+        has_stop_strings: bool = False,
+        num_input_tokens: int = 0,
     ) -> None:
-        """`prefix` goes before the text of a request that does not stream."""
+        """`has_stop_strings`: the text may end before the engine knows."""
         self.request_id = request_id
-        self.lane: Lane | None = None
+        self.lane: SendingLane | None = None
         self.started = False  # the first response has been sent
+        self.cancelling = False  # the poller has found the client gone
         self._channel = channel
-        self._text = text
-        self._hides_stop_token = not params.include_stop_str_in_output
+        self._sequences = sequences
+        self._num_input_tokens = num_input_tokens
         self._stream = stream
-        self._sends_at_once = stream or bool(params.stop)
-        self._unsent = prefix
-        self._pending: deque[TokenOutput] = deque()
+        self._looks_at_every_token = stream or has_stop_strings
+        self._pending: list[deque[TokenOutput]] = [deque() for _ in sequences]
+        self._failure: TokenOutput | None = None
+        self._num_open = len(sequences)  # those that the engine has not ended
         self._in_line = False  # at most once, so that a lane with one stream in line knows that it is idle otherwise
         self._lining_up = threading.Lock()
         self._closed = False
@@ -99,8 +119,12 @@ class ResponseStream:
         """Take an output from the engine; returns at once."""
         assert self.lane is not None
         with self._lining_up:
-            self._pending.append(output)
-            if self._in_line or not (self._sends_at_once or output.finish_reason is not None):
+            if output.finish_reason is FinishReason.ERROR or output.finish_reason is FinishReason.ABORT:
+                self._failure = output
+            else:
+                self._pending[output.index].append(output)
+                self._num_open -= output.finish_reason is not None
+            if self._in_line or not self._has_response():
                 return
             self._in_line = True
         self.lane.put(self)
@@ -114,8 +138,8 @@ class ResponseStream:
         with self._closing:
             return not self._closed and self._channel.is_cancelled()
 
-    def send_pending(self, merge: bool, engine: Aborter) -> bool:
-        """Send what the engine has pushed, as one response if `merge`, else its first output only.
+    def send_pending(self, merge: bool, engine: EngineControl) -> bool:
+        """Send what the engine has pushed, as one response if `merge`, else the next token of each sequence only.
 
         Returns whether anything is left, so that the stream has to line up again. An error in here ends the request, not
         the lane.
@@ -127,37 +151,44 @@ class ResponseStream:
             engine.abort(self.request_id)
             self._fail(*error_of(error))
         with self._lining_up:
-            if self._closed:
-                self._pending.clear()
-            self._in_line = bool(self._pending)
+            self._in_line = not self._closed and self._has_response()
             return self._in_line
 
-    def _send_next(self, merge: bool, engine: Aborter) -> None:
-        if self._closed or not self._pending:
-            return
-        output = self._pending.popleft()
-        token_ids = list(output.token_ids)
-        while self._pending and (merge or not self._stream) and output.finish_reason is None:
-            output = self._pending.popleft()
-            token_ids += output.token_ids
-        reason = output.finish_reason
-        if reason is FinishReason.ERROR:
-            assert output.error is not None
-            logger.error("request %s failed: %r", self.request_id, output.error)
-            self._fail(*error_of(output.error))
-        elif reason is FinishReason.ABORT:
-            self._fail(ErrorCode.CANCELLED, "Request was cancelled")
-        else:
-            hide_last = reason is FinishReason.STOP and self._hides_stop_token
-            self._unsent += self._text.push(token_ids, final=reason is not None, hide_last=hide_last)
-            if self._text.stopped_by is not None and reason is None:
-                engine.abort(self.request_id)
-            self._send_text(final=reason is not None or self._text.stopped_by is not None)
+    def _has_response(self) -> bool:
+        """Whether the pending outputs make a response, or an end."""
+        if self._failure is not None:
+            return True
+        if self._num_open == 0:
+            return any(self._pending)
+        if not self._looks_at_every_token:
+            return False
+        for sequence, pending in zip(self._sequences, self._pending, strict=True):
+            if not pending and sequence.finish_reason is None:
+                return False
+        return True
 
-    def _send_text(self, final: bool) -> None:
-        if not final and not (self._stream and self._unsent):
+    def _send_next(self, merge: bool, engine: EngineControl) -> None:
+        if self._closed:
             return
-        delta, self._unsent = OutputDelta(self._unsent), ""
+        if not any(self._pending):
+            self._send_failure()
+            return
+        stopped_by_text: list[int] = []
+        for index, (sequence, pending) in enumerate(zip(self._sequences, self._pending, strict=True)):
+            count = len(pending) if merge or not self._stream else min(1, len(pending))
+            if count and sequence.take([pending.popleft() for _ in range(count)]):
+                stopped_by_text.append(index)
+        final = all(sequence.finish_reason is not None for sequence in self._sequences)
+        if final and self._num_open > 0:
+            engine.abort(self.request_id)
+        elif stopped_by_text:
+            for index in stopped_by_text:
+                engine.end_sequence(self.request_id, index)
+        if final or self._stream:
+            self._send(final)
+
+    def _send(self, final: bool) -> None:
+        delta = OutputDelta([sequence.delta() for sequence in self._sequences], self._num_input_tokens)
         self.started = True
         if not final:
             self._channel.send(delta, final=False)
@@ -166,6 +197,18 @@ class ResponseStream:
             self._channel.send(delta, final=True)
             self._closed = True
 
+    def _send_failure(self) -> None:
+        if self._failure is None:
+            return
+        if self._failure.finish_reason is FinishReason.ABORT:
+            self._fail(ErrorCode.CANCELLED, "Request was cancelled")
+            logger.info("[vllm] Successfully cancelled the request (%s)", self.request_id)
+            return
+        error = self._failure.error
+        assert error is not None
+        logger.error("request %s failed: %r", self.request_id, error)
+        self._fail(*error_of(error))
+
     def _fail(self, code: ErrorCode, message: str) -> None:
         with self._closing:
             self._closed = True
@@ -173,121 +216,3 @@ class ResponseStream:
                 self._channel.send_error(code, message)
             except Exception:
                 logger.exception("request %s: its client cannot be told: %s", self.request_id, message)
-
-
-class Lane:
-    """A sending thread. Streams with something to send wait in line; those without a first response go first."""
-
-    def __init__(self, engine: Aborter, name: str) -> None:
-        self.num_streams = 0  # pinned to this lane and not closed
-        self._engine = engine
-        self._inbox: SimpleQueue[ResponseStream | None] = SimpleQueue()
-        self._first: deque[ResponseStream] = deque()
-        self._rest: deque[ResponseStream] = deque()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def put(self, stream: ResponseStream) -> None:
-        """Put a stream that has something to send in line."""
-        self._inbox.put(stream)
-
-    def stop(self, timeout: float) -> None:
-        """Send what is in line, then end."""
-        self._inbox.put(None)
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        while True:
-            stream = self._next()
-            if stream is None:
-                return
-            if stream.send_pending(merge=bool(self._first or self._rest), engine=self._engine):
-                self._line_up(stream)
-
-    def _next(self) -> ResponseStream | None:
-        """The stream whose turn it is; None when the lane is to end."""
-        idle = not (self._first or self._rest)
-        try:
-            while True:
-                stream = self._inbox.get(block=idle)
-                if stream is None:
-                    self._inbox.put(None)  # for the next turn: what is in line goes first
-                    break
-                self._line_up(stream)
-                idle = False
-        except Empty:
-            pass
-        if self._first:
-            return self._first.popleft()
-        return self._rest.popleft() if self._rest else None
-
-    def _line_up(self, stream: ResponseStream) -> None:
-        (self._rest if stream.started else self._first).append(stream)
-
-
-class SenderPool:
-    """The lanes, and the one thread that asks for every open request, queued or running, whether it was cancelled.
-
-    With `NUM_LANES` lanes, each request on one of them: an idle lane sends every token at once, a backlogged one merges
-    the tokens that a request has piled up.
-    """
-
-    def __init__(self, engine: Aborter) -> None:
-        self._engine = engine
-        self._lanes = [Lane(engine, f"pagedcore-sender-{number}") for number in range(NUM_LANES)]
-        self._lock = threading.Lock()  # guards _streams and the lanes' num_streams
-        self._streams: set[ResponseStream] = set()
-        self._stopping = threading.Event()
-        self._poller = threading.Thread(target=self._poll, name="pagedcore-cancellation", daemon=True)
-
-    def start(self) -> None:
-        for lane in self._lanes:
-            lane.start()
-        self._poller.start()
-
-    def add(self, stream: ResponseStream) -> None:
-        """Pin a stream to the lane with the fewest, before its request goes to the engine."""
-        with self._lock:
-            stream.lane = min(self._lanes, key=lambda lane: lane.num_streams)
-            stream.lane.num_streams += 1
-            self._streams.add(stream)
-
-    def discard(self, stream: ResponseStream) -> None:
-        """Forget a stream whose request the engine did not take, or that is closed."""
-        with self._lock:
-            if stream in self._streams:
-                self._streams.remove(stream)
-                assert stream.lane is not None
-                stream.lane.num_streams -= 1
-
-    def stop(self, timeout: float) -> None:
-        """Send what the engine has pushed so far, and end the threads; `timeout` in seconds, for each."""
-        self._stopping.set()
-        for lane in self._lanes:
-            lane.stop(timeout)
-        self._poller.join(timeout)
-        with self._lock:
-            self._streams.clear()  # their channels are not to outlive Triton's stub
-
-    def _poll(self) -> None:
-        while not self._stopping.is_set():
-            with self._lock:
-                streams = list(self._streams)
-            period = min(MAX_POLL_SECONDS, max(MIN_POLL_SECONDS, POLL_SECONDS_PER_STREAM * len(streams)))
-            groups = [streams[i : i + POLL_GROUP] for i in range(0, max(1, len(streams)), POLL_GROUP)]
-            for group in groups:
-                if self._stopping.wait(period / len(groups)):
-                    return
-                for stream in group:
-                    self._poll_one(stream)
-
-    def _poll_one(self, stream: ResponseStream) -> None:
-        try:
-            if stream.is_cancelled():
-                self._engine.abort(stream.request_id)
-        except Exception:
-            logger.exception("request %s: cannot tell whether it was cancelled", stream.request_id)
-        if stream.is_closed:
-            self.discard(stream)

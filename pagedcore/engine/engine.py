@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pagedcore.engine.executor import Executor, PendingStep
 from pagedcore.engine.outputs import EngineStats, TokenOutput
 from pagedcore.engine.request import Request
+from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler
 from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason, Sequence
 from pagedcore.engine.sequence_group import SequenceGroup
 from pagedcore.engine.step_plan import StepPlan
+from pagedcore.engine.token_rules import check_token_rules
 from pagedcore.errors import EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -72,9 +74,7 @@ class Engine:
         if low < 0 or high >= limits.vocab_size:
             wrong = low if low < 0 else high
             raise RequestError(f"prompt_token_ids must be in [0, {limits.vocab_size - 1}], got {wrong}")
-        wrong_stops = [token for token in params.stop_token_ids if token >= limits.vocab_size]
-        if wrong_stops:
-            raise RequestError(f"stop_token_ids must be in [0, {limits.vocab_size - 1}], got {wrong_stops[0]}")
+        check_token_rules(params, request.bad_words, self._stop_token_ids(params), limits.vocab_size)
         if params.logprobs is not None and params.logprobs > limits.max_logprobs:
             raise RequestError(f"logprobs must be in [0, {limits.max_logprobs}] (max_logprobs), got {params.logprobs}")
         max_total_tokens = limits.max_model_len
@@ -89,14 +89,16 @@ class Engine:
             raise RequestError(f"request_id {request.request_id!r} is in use by an unfinished request")
         max_total_tokens = self.check(request)
         params = request.sampling_params
-        stop_token_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_token_ids |= self.limits.eos_token_ids
+        stop_token_ids = self._stop_token_ids(params)
         seed = params.seed if params.seed is not None else mix_seed(self._seed, self._num_requests)
         self._num_requests += 1
         group = SequenceGroup(Sequence(self.scheduler.new_seq_id(), request, max_total_tokens, stop_token_ids, seed))
         self._groups[request.request_id] = group
         self.scheduler.add(group)
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        ids = frozenset(params.stop_token_ids)
+        return ids if params.ignore_eos else ids | self.limits.eos_token_ids
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """End a request and free its blocks; returns its last output, or None if it has already ended."""

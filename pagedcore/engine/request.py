@@ -12,9 +12,19 @@ class Request:
     """One prompt and how to continue it.
 
     `cache_salt` keeps the request's prefix-cache entries apart from those of every other salt; equal salts share.
+    `bad_words`: the token ids of each of the sampling parameters' bad words, in every spelling that counts.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     cache_salt: str = ""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+def truncate_prompt(token_ids: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    """The last `truncate_prompt_tokens` tokens of a prompt; for -1, as many as the model takes and continues."""
+    limit = params.truncate_prompt_tokens
+    if limit is None:
+        return token_ids
+    return token_ids[-(max_model_len - 1 if limit == -1 else limit) :]

@@ -24,8 +24,23 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_SEQUENCES = 64  # of one request
 MIN_BEAM_WIDTH = 2
 MAX_LENGTH_PENALTY = 5.0
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 1024
+MAX_LOGIT_BIAS = 100.0
+MAX_LOGIT_BIASES = 1024
+MAX_ALLOWED_TOKEN_IDS = 1024
 
-_INTEGER_FIELDS = ("n", "best_of", "beam_width", "top_k", "seed", "max_tokens", "min_tokens", "logprobs")
+_INTEGER_FIELDS = (
+    "n",
+    "best_of",
+    "beam_width",
+    "top_k",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "logprobs",
+    "truncate_prompt_tokens",
+)
 _FLOAT_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
@@ -43,15 +58,25 @@ _BOOL_FIELDS = (
     "include_stop_str_in_output",
     "use_beam_search",
 )
-_UNSUPPORTED_FIELDS = (
-    "prompt_logprobs",
-    "bad_words",
-    "logit_bias",
-    "allowed_token_ids",
-    "logits_processors",
-    "structured_outputs",
-    "truncate_prompt_tokens",
-)
+# vLLM's parameters that this version does not have, and the values that ask for nothing.
+_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "prompt_logprobs": (None,),
+    "logits_processors": (None, []),
+    "structured_outputs": (None,),
+    "guided_decoding": (None,),
+    "priority": (None, 0),
+    "logprob_token_ids": (None,),
+    "prompt_logprob_token_ids": (None,),
+    "prompt_logprob_start": (None,),
+    "flat_logprobs": (None, False),
+    "output_kind": (None,),
+    "stream_interval": (None,),
+    "extra_args": (None, {}),
+    "skip_reading_prefix_cache": (None, False),
+    "thinking_token_budget": (None, -1),
+    "repetition_detection": (None,),
+    "trace_decode_token_ids": (None,),
+}
 # Beams are chosen by the model's own log probabilities, before they become text.
 _OFF_WITH_BEAM_SEARCH = {
     "stop": (),
@@ -59,6 +84,9 @@ _OFF_WITH_BEAM_SEARCH = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
+    "bad_words": (),
+    "logit_bias": None,
+    "allowed_token_ids": None,
 }
 _INTEGER_TEXT = re.compile(r"[+-]?[0-9]{1,20}")
 _FLOAT_TEXT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
@@ -94,6 +122,11 @@ class SamplingParams:
     min_tokens: output tokens at least; until then, end-of-sequence and stop tokens are not drawn
     logprobs: how many of the most likely tokens to report beside each output token; None: no log probabilities
     detokenize: False gives token ids only, and excludes stop strings
+    bad_words: texts that the output does not contain: a token that would complete one is not drawn
+    logit_bias: by token id, what is added to its logit, in [-100, 100]; becomes a tuple of pairs
+    allowed_token_ids: the only tokens that may be drawn; None: all
+    truncate_prompt_tokens: keep this many of the prompt's last tokens; -1: as many as fit; None: all
+    spaces_between_special_tokens: either value gives the same text, as the tokenizers in use put no spaces there
     """
 
     n: int = 1
@@ -120,17 +153,14 @@ class SamplingParams:
     beam_width: int | None = None
     length_penalty: float = 1.0
     early_stopping: bool | str = False
-    prompt_logprobs: int | None = None
-    bad_words: Sequence[str] | None = None
-    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = ()
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     allowed_token_ids: Sequence[int] | None = None
-    logits_processors: Sequence[Any] | None = None
-    structured_outputs: Any = None
     truncate_prompt_tokens: int | None = None
+    has_token_rules: bool = field(init=False, repr=False, compare=False)
     has_penalties: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._refuse_unsupported()
         for name in _BOOL_FIELDS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {_shown(getattr(self, name))}")
@@ -151,6 +181,8 @@ class SamplingParams:
         self._check_integer("logprobs", 0, MAX_LOGPROBS, optional=True)
         self._check_stop()
         self._check_stop_token_ids()
+        self._check_token_rules()
+        self._check_truncation()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
         self._normalize()
@@ -158,6 +190,12 @@ class SamplingParams:
             self._check_beam_search()
         else:
             self._check_best_of()
+
+    @property
+    def logit_biases(self) -> Sequence[tuple[int, float]]:
+        """The biases as (token id, bias), by ascending id."""
+        assert not isinstance(self.logit_bias, Mapping), "normalized at construction"
+        return self.logit_bias or ()
 
     @property
     def is_greedy(self) -> bool:
@@ -180,18 +218,17 @@ class SamplingParams:
         Raises RequestError for an unknown key (naming the nearest known one), a wrong type or a value out of range.
         """
         known = [f.name for f in dataclasses.fields(cls) if f.init]
-        for key in values:
-            if key not in known:
+        for key, value in values.items():
+            if key in _NEUTRAL_VALUES:
+                if value not in _NEUTRAL_VALUES[key]:
+                    raise RequestError(
+                        f"{key} is not supported in this version and must be left out, got {_shown(value)}"
+                    )
+            elif key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f", did you mean {near[0]!r}?" if near else f"; known ones: {', '.join(known)}"
                 raise RequestError(f"unknown sampling parameter {_shown(key)}{hint}")
-        return cls(**{key: _from_text(key, value) for key, value in values.items()})
-
-    def _refuse_unsupported(self) -> None:
-        for name in _UNSUPPORTED_FIELDS:
-            value = getattr(self, name)
-            if value is not None and value != []:
-                raise RequestError(f"{name} is not supported in this version and must be left out, got {_shown(value)}")
+        return cls(**{key: _from_text(key, value) for key, value in values.items() if key not in _NEUTRAL_VALUES})
 
     def _check_float(self, name: str, low: float, high: float, *, above_low: bool = False) -> None:
         value = getattr(self, name)
@@ -223,13 +260,32 @@ class SamplingParams:
         object.__setattr__(self, "stop", strings)
 
     def _check_stop_token_ids(self) -> None:
-        ids = _items("stop_token_ids", self.stop_token_ids, "a list of token ids")
-        if len(ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(ids)}")
-        for token_id in ids:
-            if not _is_integer(token_id, 0, MAX_TOKENS):
-                raise RequestError(f"stop_token_ids must hold token ids (integers from 0 up), got {_shown(token_id)}")
-        object.__setattr__(self, "stop_token_ids", tuple(int(token_id) for token_id in ids))
+        object.__setattr__(
+            self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        )
+
+    def _check_token_rules(self) -> None:
+        words = _items("bad_words", self.bad_words, "a list of texts")
+        if len(words) > MAX_BAD_WORDS:
+            raise RequestError(f"bad_words must hold at most {MAX_BAD_WORDS} texts, got {len(words)}")
+        for word in words:
+            if not isinstance(word, str) or not word.strip() or len(word) > MAX_BAD_WORD_LENGTH:
+                limit = f"at most {MAX_BAD_WORD_LENGTH} characters, not only spaces"
+                raise RequestError(f"bad_words must hold texts of {limit}, got {_shown(word)}")
+        object.__setattr__(self, "bad_words", words)
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+            if not allowed:
+                raise RequestError("allowed_token_ids must hold at least 1 id, got []")
+            object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(allowed)))
+        has_rules = bool(words or self.logit_bias or self.allowed_token_ids)
+        object.__setattr__(self, "has_token_rules", has_rules)
+
+    def _check_truncation(self) -> None:
+        self._check_integer("truncate_prompt_tokens", -1, MAX_TOKENS, optional=True)
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens must be -1 or at least 1, got 0")
 
     def _check_best_of(self) -> None:
         if self.best_of is not None and self.best_of < self.n:
@@ -289,6 +345,36 @@ def _items(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise RequestError(f"{name} must be {wanted}, got {_shown(value)}")
     return tuple(value)
+
+
+def _token_ids(name: str, value: Any, limit: int) -> tuple[int, ...]:
+    ids = _items(name, value, "a list of token ids")
+    if len(ids) > limit:
+        raise RequestError(f"{name} must hold at most {limit} ids, got {len(ids)}")
+    for token_id in ids:
+        if not _is_integer(token_id, 0, MAX_TOKENS):
+            raise RequestError(f"{name} must hold token ids (integers from 0 up), got {_shown(token_id)}")
+    return tuple(int(token_id) for token_id in ids)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...] | None:
+    """The biases by ascending token id, the keys of a JSON object being texts; None for none."""
+    pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, tuple) else None
+    if pairs is None and value is not None:
+        raise RequestError(f"logit_bias must be an object of biases by token id, got {_shown(value)}")
+    biases: dict[int, float] = {}
+    for key, bias in pairs or ():
+        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10 else key
+        if not _is_integer(token_id, 0, MAX_TOKENS):
+            raise RequestError(f"logit_bias must have token ids (integers from 0 up) as keys, got {_shown(key)}")
+        is_number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
+        if not is_number or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            allowed = f"[{-MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
+            raise RequestError(f"logit_bias must have numbers in {allowed} as values, got {_shown(bias)}")
+        biases[int(token_id)] = float(bias)
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise RequestError(f"logit_bias must hold at most {MAX_LOGIT_BIASES} token ids, got {len(biases)}")
+    return tuple(sorted(biases.items())) or None
 
 
 def _from_text(name: str, value: Any) -> Any:

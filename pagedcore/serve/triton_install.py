@@ -100,13 +100,18 @@ def _installed(binary: Path, libpython: Path) -> TritonInstallation:
     stub = backends / "python" / STUB_NAME
     if not stub.is_file():
         raise SetupError(f"{binary} comes without the Python backend: {stub} not found")
+    check_stub_python(stub)
+    return TritonInstallation(binary, backends, libpython)
+
+
+def check_stub_python(stub: Path) -> None:
+    """Raise SetupError if the Python backend's stub embeds another Python version than this one."""
     match = re.search(rb"libpython(3\.\d+)\.so", stub.read_bytes())
     if match is not None and match[1].decode() != _python_version():
         raise SetupError(
             f"{stub} embeds Python {match[1].decode()}, but this environment has Python {_python_version()}; "
             f"make the environment with: make PYTHON=python{match[1].decode()}"
         )
-    return TritonInstallation(binary, backends, libpython)
 
 
 def _unpack(wheel: Path, into: Path) -> None:

@@ -198,7 +198,9 @@ def test_nothing_is_admitted_while_anything_is_preempted() -> None:
 
 
 def test_a_group_is_swapped_and_resumed_whole_and_its_shared_blocks_once() -> None:
-    engine, executor, blocks = make_engine(num_blocks=24, num_host_blocks=24, enable_prefix_caching=False, max_num_seqs=8)
+    engine, executor, blocks = make_engine(
+        num_blocks=24, num_host_blocks=24, enable_prefix_caching=False, max_num_seqs=8
+    )
     run = Run(engine, blocks)
     older = Request("older", [1] * 20, SamplingParams(temperature=0, seed=0, max_tokens=30, ignore_eos=True))
     group = Request("group", [2] * 21, SamplingParams(n=4, seed=5, max_tokens=15, ignore_eos=True))

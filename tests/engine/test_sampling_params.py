@@ -145,12 +145,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beam_width": 4, "temperature": 0, "early_stopping": "maybe"}, r'true, false or "never", got \'maybe\''),
     ({"beam_width": 4, "temperature": 0, "length_penalty": 6}, r"length_penalty must be a number in \[-5, 5\], got 6"),
     ({"prompt_logprobs": 0}, r"prompt_logprobs is not supported"),
-    ({"bad_words": ["x"]}, r"bad_words is not supported"),
-    ({"logit_bias": {"1": 2.0}}, r"logit_bias is not supported in this version and must be left out, got \{'1': 2.0\}"),
-    ({"allowed_token_ids": [1]}, r"allowed_token_ids is not supported"),
+    ({"priority": 1}, r"priority is not supported in this version and must be left out, got 1"),
+    ({"flat_logprobs": True}, r"flat_logprobs is not supported"),
+    ({"output_kind": 1}, r"output_kind is not supported"),
     ({"logits_processors": [print]}, r"logits_processors is not supported"),
     ({"structured_outputs": "{}"}, r"structured_outputs is not supported"),
-    ({"truncate_prompt_tokens": 1}, r"truncate_prompt_tokens is not supported"),
+    ({"guided_decoding": "{}"}, r"guided_decoding is not supported"),
+    ({"bad_words": "x"}, r"bad_words must be a list of texts, got 'x'"),
+    ({"bad_words": [" "]}, r"bad_words must hold texts of at most 1024 characters, not only spaces, got ' '"),
+    ({"bad_words": ["x"] * 129}, r"bad_words must hold at most 128 texts, got 129"),
+    ({"logit_bias": [1]}, r"logit_bias must be an object of biases by token id, got \[1\]"),
+    ({"logit_bias": {"a": 1}}, r"logit_bias must have token ids \(integers from 0 up\) as keys, got 'a'"),
+    ({"logit_bias": {"-1": 1}}, r"logit_bias must have token ids .* got '-1'"),
+    ({"logit_bias": {"1": 100.5}}, r"logit_bias must have numbers in \[-100, 100\] as values, got 100.5"),
+    ({"logit_bias": {"1": math.nan}}, r"logit_bias must have numbers in .* got nan"),
+    ({"logit_bias": {"1": True}}, r"logit_bias must have numbers in .* got True"),
+    ({"logit_bias": dict.fromkeys(range(1025), 1)}, r"logit_bias must hold at most 1024 token ids, got 1025"),
+    ({"allowed_token_ids": []}, r"allowed_token_ids must hold at least 1 id"),
+    ({"allowed_token_ids": [-1]}, r"allowed_token_ids must hold token ids .* got -1"),
+    ({"allowed_token_ids": list(range(1025))}, r"allowed_token_ids must hold at most 1024 ids, got 1025"),
+    ({"truncate_prompt_tokens": 0}, r"truncate_prompt_tokens must be -1 or at least 1, got 0"),
+    ({"truncate_prompt_tokens": -2}, r"truncate_prompt_tokens must be an integer in \[-1, 2147483647\], got -2"),
     ({"temprature": 1}, r"unknown sampling parameter 'temprature', did you mean 'temperature'\?"),
     ({"has_penalties": True}, r"unknown sampling parameter 'has_penalties'"),
     ({"__class__": 1}, r"unknown sampling parameter '__class__'; known ones: n, "),
@@ -163,6 +178,30 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], message: str) ->
     with pytest.raises(RequestError, match=message) as caught:
         SamplingParams.from_dict(values)
     assert len(str(caught.value)) < 1000
+
+
+def test_token_rules_are_normalized() -> None:
+    params = SamplingParams.from_dict(
+        {
+            "logit_bias": {"7": 1, "3": -0.5},
+            "allowed_token_ids": [5, 4, 5],
+            "bad_words": ["a", " b"],
+            "truncate_prompt_tokens": "9",
+        }
+    )
+    assert params.logit_bias == ((3, -0.5), (7, 1.0))
+    assert params.allowed_token_ids == (5, 4)
+    assert params.bad_words == ("a", " b")
+    assert params.truncate_prompt_tokens == 9
+    assert params.has_token_rules
+    assert dataclasses.replace(params, top_k=1).logit_bias == params.logit_bias
+    assert SamplingParams.from_dict({"logit_bias": {}, "bad_words": []}) == SamplingParams()
+    assert not SamplingParams().has_token_rules
+
+
+def test_parameters_of_vllm_that_ask_for_nothing_are_accepted() -> None:
+    neutral = {"prompt_logprobs": None, "flat_logprobs": False, "priority": 0, "structured_outputs": None}
+    assert SamplingParams.from_dict(neutral) == SamplingParams()
 
 
 def test_the_constructor_takes_no_text_for_numbers() -> None:

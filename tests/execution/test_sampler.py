@@ -29,10 +29,11 @@ class Row:
     prompt: list[int]
     output: list[int]
     num_in_flight: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def sequence(self) -> Sequence:
         stops = frozenset({EOS, *self.params.stop_token_ids})
-        request = Request("r", self.prompt, self.params)
+        request = Request("r", self.prompt, self.params, bad_words=self.bad_words)
         sequence = Sequence(0, request, 1000, stops, self.params.seed or 0)
         sequence.token_ids.extend(self.output[: len(self.output) - self.num_in_flight])
         sequence.num_in_flight = self.num_in_flight
@@ -87,13 +88,30 @@ def run(rows: list[Row], logits: npt.NDArray[np.float32], query_lens: list[int] 
 
 def expected_logits(row: Row, logits: npt.NDArray[np.float32]) -> sampling.FloatArray:
     params = row.params
+    logits = logits.copy()
+    for token, bias in params.logit_biases:
+        logits[token] += bias
     values = sampling.penalize(
         logits, row.prompt, row.output, params.repetition_penalty, params.presence_penalty, params.frequency_penalty
     )
     if len(row.output) < params.min_tokens:
         for token in {EOS, *params.stop_token_ids}:
             values[token] = -np.inf
+    for token in range(VOCAB_SIZE):
+        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+            values[token] = -np.inf
+    for word in row.bad_words:
+        if row.output[max(0, len(row.output) - len(word) + 1) :] == list(word[:-1]):
+            values[word[-1]] = -np.inf
     return values
+
+
+def bad_word(rng: np.random.Generator, output: list[int]) -> tuple[int, ...]:
+    """Of 1 to 4 tokens, the first of which the output mostly ends with, so that the last one completes the word."""
+    start = output[len(output) - int(rng.integers(0, min(3, len(output)) + 1)) :]
+    if start and rng.integers(3) == 0:
+        start[int(rng.integers(len(start)))] = 9  # or nearly
+    return (*start, int(rng.integers(VOCAB_SIZE)))
 
 
 def random_rows(rng: np.random.Generator, count: int) -> list[Row]:
@@ -106,14 +124,19 @@ def random_rows(rng: np.random.Generator, count: int) -> list[Row]:
             frequency_penalty=float(rng.choice([0.0, 0.25, -0.1])),
             min_tokens=int(rng.choice([0, 3])),
             stop_token_ids=[int(rng.integers(VOCAB_SIZE))],
+            logit_bias={int(token): float(rng.normal()) for token in rng.integers(0, VOCAB_SIZE, rng.integers(4))},
+            allowed_token_ids=None if rng.integers(2) else rng.choice(VOCAB_SIZE, 20, replace=False).tolist(),
+            bad_words=["stands for those of the row"],
         )
         output = rng.integers(0, 8, int(rng.integers(0, 9))).tolist()  # few values: many repetitions
         in_flight = int(rng.integers(2)) if output else 0
-        rows.append(Row(params, rng.integers(0, VOCAB_SIZE, int(rng.integers(1, 20))).tolist(), output, in_flight))
+        prompt = rng.integers(0, VOCAB_SIZE, int(rng.integers(1, 20))).tolist()
+        bad_words = tuple(bad_word(rng, output) for _ in range(int(rng.integers(5))))
+        rows.append(Row(params, prompt, output, in_flight, bad_words))
     return rows
 
 
-def test_penalties_and_bans_equal_plain_loops() -> None:
+def test_biases_penalties_and_bans_equal_plain_loops() -> None:
     rng = np.random.default_rng(0)
     for num_rows in (1, 2, 17, 60):
         rows = random_rows(rng, num_rows)
@@ -154,14 +177,22 @@ def test_min_tokens_counts_tokens_in_flight() -> None:
 
 
 def test_plain_rows_need_no_extras() -> None:
+    assert needs_extras(SamplingParams(logit_bias={1: 1.0}), 5)
     assert not needs_extras(SamplingParams(temperature=0.5, top_k=3, logprobs=2, seed=1), 0)
     assert pack_extras([]) is None
 
 
 def test_extras_fit_the_room_reserved_for_them() -> None:
     max_model_len = 50
-    params = SamplingParams(repetition_penalty=1.1, min_tokens=16, stop_token_ids=list(range(100, 228)))
-    row = Row(params, list(range(40)), list(range(10)), 1)
+    params = SamplingParams(
+        repetition_penalty=1.1,
+        min_tokens=16,
+        stop_token_ids=list(range(100, 228)),
+        logit_bias=dict.fromkeys(range(1024), 1.0),
+        allowed_token_ids=list(range(1024)),
+        bad_words=["x"] * 128,
+    )
+    row = Row(params, list(range(40)), list(range(10)), 1, tuple((token,) for token in range(256)))
     extras = pack_extras([(i, row.sequence(), 10) for i in range(7)])
     assert extras is not None and len(extras) <= max_extras(7, max_model_len)
 

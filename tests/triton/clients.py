@@ -8,7 +8,7 @@ import queue
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 MODEL = "llm"
 TIMEOUT = 60.0  # seconds, after which a test gives up
-_NUMPY = {"BYTES": np.object_, "BOOL": np.bool_}
-_TYPES = {"text_input": "BYTES", "sampling_parameters": "BYTES", "stream": "BOOL", "exclude_input_in_output": "BOOL"}
+_NUMPY = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32}
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,38 @@ def generate(url: str, body: Mapping[str, Any] | bytes, *, stream: bool = False)
     return Answer([event["text_output"] for event in events if "text_output" in event], "".join(errors) or None, code)
 
 
+@dataclass(frozen=True)
+class Response:
+    """One response of a gRPC stream: its outputs by name, as Python lists (texts decoded), and their types and shapes."""
+
+    request_id: str
+    final: bool
+    values: dict[str, list[Any]]
+    types: dict[str, tuple[str, list[int]]]
+
+
 class GrpcStream:
     """One gRPC stream; its requests' responses arrive in one queue, told apart by their ids."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, model: str = MODEL) -> None:
+        self._model = model
         self._client = grpcclient.InferenceServerClient(url)
         self._responses: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
         self._client.start_stream(lambda result, error: self._responses.put((result, error)))
 
     def send(
-        self, inputs: Mapping[str, Any], *, request_id: str = "", parameters: dict[str, Any] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        request_id: str = "",
+        parameters: dict[str, Any] | None = None,
+        outputs: Sequence[str] = (),
     ) -> None:
-        """`inputs` by name, as Python values; a list makes a tensor of its length."""
+        """`inputs` by name, as Python values; a list makes a tensor of its length. No `outputs` means all of them."""
         self._client.async_stream_infer(
-            MODEL,
+            self._model,
             [_tensor(name, value) for name, value in inputs.items()],
+            outputs=[grpcclient.InferRequestedOutput(name) for name in outputs] or None,
             request_id=request_id,
             parameters=parameters,
             enable_empty_final_response=True,
@@ -75,13 +91,22 @@ class GrpcStream:
 
     def next(self) -> tuple[str, list[str], bool]:
         """The next response: request id, texts, final; raises InferenceServerException for an error response."""
+        response = self.next_response()
+        return response.request_id, response.values.get("text_output", []), response.final
+
+    def next_response(self) -> Response:
+        """The next response; raises InferenceServerException for an error response."""
         result, error = self._responses.get(timeout=TIMEOUT)
         if error is not None:
             raise error
         response = result.get_response()
-        output = result.as_numpy("text_output")
-        texts = [] if output is None else [text.decode() for text in output]
-        return response.id, texts, response.parameters["triton_final_response"].bool_param
+        values = {output.name: result.as_numpy(output.name).tolist() for output in response.outputs}
+        return Response(
+            response.id,
+            response.parameters["triton_final_response"].bool_param,
+            {name: [v.decode() if isinstance(v, bytes) else v for v in value] for name, value in values.items()},
+            {output.name: (output.datatype, list(output.shape)) for output in response.outputs},
+        )
 
     def cancel(self) -> None:
         self._client.stop_stream(cancel_requests=True)
@@ -91,8 +116,8 @@ class GrpcStream:
 
 
 @contextmanager
-def grpc_stream(url: str) -> Iterator[GrpcStream]:
-    stream = GrpcStream(url)
+def grpc_stream(url: str, model: str = MODEL) -> Iterator[GrpcStream]:
+    stream = GrpcStream(url, model)
     try:
         yield stream
     finally:
@@ -115,9 +140,19 @@ def generate_grpc(url: str, inputs: Mapping[str, Any], *, parameters: dict[str, 
     return Answer(texts, finals=tuple(finals))
 
 
+def responses_of(url: str, inputs: Mapping[str, Any], *, model: str = MODEL, **send: Any) -> list[Response]:
+    """All responses to one request; raises InferenceServerException for an error response."""
+    with grpc_stream(url, model) as stream:
+        stream.send(inputs, **send)
+        responses = [stream.next_response()]
+        while not responses[-1].final:
+            responses.append(stream.next_response())
+    return responses
+
+
 def _tensor(name: str, value: Any) -> Any:
     values = value if isinstance(value, list) else [value]
-    data_type = _TYPES[name]
+    data_type = "BYTES" if isinstance(values[0], (str, bytes)) else "BOOL" if isinstance(values[0], bool) else "INT32"
     tensor = grpcclient.InferInput(name, [len(values)], data_type)
     encoded = [item.encode() if isinstance(item, str) else item for item in values]
     tensor.set_data_from_numpy(np.array(encoded, dtype=_NUMPY[data_type]))

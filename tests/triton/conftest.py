@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from pagedcore.serve.default_model import ensure_default_model
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import MODEL, metric, wait_until
+from tests.triton.judge import Judge
 
 ROOT = Path(__file__).parent.parent.parent
 # float32, because its greedy tokens equal transformers'; a short context, so that prompts that do not fit stay small.
@@ -43,6 +45,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
         write_repository(folder), log_path=folder / "tritonserver.log", extra_args=["--exit-timeout-secs=5"]
     ) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def judge() -> Judge:
+    return Judge(ensure_default_model())
 
 
 @pytest.fixture

@@ -7,32 +7,26 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pagedcore.serve.default_model import ensure_default_model
 from pagedcore.serve.triton_server import TritonServer
 from pagedcore.text import load_tokenizer
 from tests.triton.clients import generate, generate_grpc, grpc_stream
+from tests.triton.judge import Judge
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Ein Gedicht über 日本 und 🙂:"]
 GREEDY = {"temperature": 0, "max_tokens": 24}
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, str]:
+def expected(judge: Judge) -> dict[str, str]:
     """Greedy continuations of the prompts by transformers, as text after the prompt."""
-    folder = ensure_default_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     texts = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several spin, and the server has the same cores
     for prompt in [*PROMPTS, chat_prompt()]:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        output = model.generate(ids, do_sample=False, max_new_tokens=GREEDY["max_tokens"])[0, ids.shape[1] :]
-        texts[prompt] = tokenizer.decode(output, skip_special_tokens=True)
-    torch.set_num_threads(threads)
+        token_ids = judge.continuation(prompt, GREEDY["max_tokens"]).token_ids
+        if judge.tokenizer.eos_token_id in token_ids:
+            token_ids = token_ids[: token_ids.index(judge.tokenizer.eos_token_id)]
+        texts[prompt] = judge.tokenizer.decode(token_ids, skip_special_tokens=True)
     return texts
 
 

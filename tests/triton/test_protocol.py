@@ -1,134 +1,55 @@
-"""Parsing of requests: what is accepted, and the one clear error for everything else."""
+"""The tensor table and the encoding of responses."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from pagedcore_triton.protocol import (
-    INPUTS,
-    MAX_PARAMETERS_BYTES,
-    MAX_PROMPT_BYTES,
-    OUTPUTS,
-    GenerateRequest,
-    OutputDelta,
-    encode,
-    parse_json_object,
-    parse_request,
-)
+from pagedcore_triton.protocol import INPUTS, OUTPUTS, OutputDelta, SequenceDelta, encode
 
-from pagedcore.errors import RequestError
+from pagedcore.engine.sequence import FinishReason
+
+FLAGS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "token_ids")
 
 
-def text(value: str | bytes) -> Any:
-    return np.array([value.encode() if isinstance(value, str) else value], dtype=np.object_)
+def test_the_inputs_are_vllm_backends_and_three_more() -> None:
+    table = {row.name: (row.data_type, row.dims) for row in INPUTS}
+    expected = dict.fromkeys(("text_input", "sampling_parameters", "embedding_request"), ("TYPE_STRING", (1,)))
+    expected |= dict.fromkeys(("stream", "exclude_input_in_output"), ("TYPE_BOOL", (1,)))
+    expected |= {f"return_{name}": ("TYPE_BOOL", (1,)) for name in FLAGS}
+    expected |= {"image": ("TYPE_STRING", (-1,)), "messages": ("TYPE_STRING", (1,)), "input_ids": ("TYPE_INT32", (-1,))}
+    assert table == expected
+    assert all(row.config()["optional"] for row in INPUTS)
 
 
-def flag(value: bool) -> Any:
-    return np.array([value])
-
-
-def parse(parameters: str = "", **inputs: Any) -> GenerateRequest:
-    return parse_request(inputs, parameters)
-
-
-def test_defaults_are_vllms() -> None:
-    request = parse(text_input=text("Hi"))
-    assert (request.prompt, request.stream, request.echo) == ("Hi", False, True)
-    assert (request.sampling_params.max_tokens, request.sampling_params.temperature) == (16, 1.0)
-    assert not parse(text_input=text("Hi"), stream=flag(True)).echo
-    assert not parse(text_input=text("Hi"), exclude_input_in_output=flag(True)).echo
-
-
-def test_numbers_may_be_given_as_text() -> None:
-    content = '{"temperature": "0", "top_p": "1", "max_tokens": "100", "ignore_eos": "true"}'
-    params = parse(text_input=text("Hi"), sampling_parameters=text(content)).sampling_params
-    assert (params.temperature, params.top_p, params.max_tokens, params.ignore_eos) == (0.0, 1.0, 100, True)
-
-
-def test_the_tensor_wins_over_the_requests_parameters() -> None:
-    inputs = {"text_input": text("Hi"), "sampling_parameters": text('{"max_tokens": 3}')}
-    assert parse_request(inputs, '{"max_tokens": 5}').sampling_params.max_tokens == 3
-    del inputs["sampling_parameters"]
-    assert parse_request(inputs, '{"max_tokens": 5}').sampling_params.max_tokens == 5
-
-
-@pytest.mark.parametrize(
-    ("inputs", "reason"),
-    [
-        ({}, "text_input is required"),
-        ({"stream": flag(True)}, "text_input is required"),
-        ({"text_input": text("")}, "text_input must be at least 1 character"),
-        ({"text_input": text(b"ab\xff")}, "text_input must be valid UTF-8, got byte 0xff at 2"),
-        ({"text_input": text(b"\xed\xa0\x80")}, "text_input must be valid UTF-8"),
-        ({"text_input": text("x" * (MAX_PROMPT_BYTES + 1))}, f"text_input must have at most {MAX_PROMPT_BYTES} bytes"),
-        ({"text_input": np.array([b"a", b"b"], dtype=np.object_)}, r"text_input must have the shape \[1\], got \[2\]"),
-        ({"text_input": np.array([1])}, "text_input must be a text"),
-        (
-            {"text_input": text("Hi"), "stream": flag(True), "exclude_input_in_output": flag(False)},
-            "When streaming, `exclude_input_in_output` = False is not allowed",
-        ),
-    ],
-)
-def test_bad_inputs(inputs: dict[str, Any], reason: str) -> None:
-    with pytest.raises(RequestError, match=reason):
-        parse_request(inputs, "")
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("{", "sampling_parameters must be a JSON object: .* at character 1"),
-        ("[]", "sampling_parameters must be a JSON object, got list"),
-        ("null", "sampling_parameters must be a JSON object, got NoneType"),
-        ("{} x", "sampling_parameters must be a JSON object: Extra data at character 3"),
-        ('{"top_k": 1, "top_k": 2}', "sampling_parameters must not repeat a key, got 'top_k' twice"),
-        ('{"temperature": NaN}', "sampling_parameters must hold finite numbers only, got NaN"),
-        ('{"temperature": -Infinity}', "sampling_parameters must hold finite numbers only, got -Infinity"),
-        ('{"temperature": 1e999}', "temperature must be a number in"),
-        ('{"stop": "\\ud800"}', "sampling_parameters must hold valid Unicode text"),
-        ("[" * 100_000, "sampling_parameters must be a JSON object, got one nested too deeply"),
-        ('{"seed": ' + "9" * 5000 + "}", "sampling_parameters must be a JSON object"),
-        (b'{"stop": "\xff"}', "sampling_parameters must be valid UTF-8"),
-        (" " * (MAX_PARAMETERS_BYTES + 1), f"sampling_parameters must have at most {MAX_PARAMETERS_BYTES} bytes"),
-        ('{"temprature": 1}', "unknown sampling parameter 'temprature', did you mean 'temperature'"),
-        ('{"detokenize": false}', "detokenize must be true"),
-    ],
-)
-def test_bad_sampling_parameters(content: str | bytes, reason: str) -> None:
-    with pytest.raises(RequestError, match=reason):
-        parse(text_input=text("Hi"), sampling_parameters=text(content))
-
-
-_leaves = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5) | st.none()
-
-
-@given(st.dictionaries(st.text(max_size=5), _leaves | st.lists(_leaves, max_size=3), max_size=5))
-def test_json_objects_are_decoded_as_they_were_encoded(values: dict[str, Any]) -> None:
-    assert parse_json_object("it", json.dumps(values)) == values
-
-
-@given(st.text(max_size=40) | st.text('{}[]":,0123.-enulNa \\', max_size=40))
-def test_any_text_is_an_object_or_a_request_error(content: str) -> None:
-    try:
-        values = parse_json_object("it", content)
-    except RequestError as error:
-        assert str(error).startswith("it must ")
-    else:
-        assert isinstance(values, dict)
-
-
-def test_the_table_is_what_triton_is_told() -> None:
-    assert [(row.name, row.data_type, row.dims) for row in INPUTS] == [
-        ("text_input", "TYPE_STRING", (1,)),
-        ("stream", "TYPE_BOOL", (1,)),
-        ("sampling_parameters", "TYPE_STRING", (1,)),
-        ("exclude_input_in_output", "TYPE_BOOL", (1,)),
+def test_the_outputs_are_vllm_backends_and_one_more() -> None:
+    assert [(row.name, row.data_type, row.dims, row.asked_by) for row in OUTPUTS] == [
+        ("text_output", "TYPE_STRING", (-1,), None),
+        ("finish_reason", "TYPE_STRING", (-1,), "return_finish_reason"),
+        ("cumulative_logprob", "TYPE_FP32", (-1,), "return_cumulative_logprob"),
+        ("logprobs", "TYPE_STRING", (-1,), "return_logprobs"),
+        ("num_input_tokens", "TYPE_UINT32", (1,), "return_num_input_tokens"),
+        ("num_output_tokens", "TYPE_UINT32", (-1,), "return_num_output_tokens"),
+        ("token_ids", "TYPE_STRING", (-1,), "return_token_ids"),
     ]
-    tensors = encode(OutputDelta("naïve"))
-    assert list(tensors) == [row.name for row in OUTPUTS] == ["text_output"]
-    assert tensors["text_output"].tolist() == ["naïve".encode()]
+
+
+def test_every_tensor_has_one_element_per_sequence() -> None:
+    delta = OutputDelta(
+        [
+            SequenceDelta("na\u00efve", None, [5, 6], -1.5, '[{"5": {}}]'),
+            SequenceDelta("", FinishReason.STOP, [], -2.0),
+        ],
+        num_input_tokens=7,
+    )
+    tensors = encode(delta, OUTPUTS)
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "text_output": ["na\u00efve".encode(), b""],
+        "finish_reason": [b"None", b"stop"],
+        "cumulative_logprob": [-1.5, -2.0],
+        "logprobs": [b'[{"5": {}}]', b"null"],
+        "num_input_tokens": [7],
+        "num_output_tokens": [2, 0],
+        "token_ids": [b"[5, 6]", b"[]"],
+    }
+    assert tensors["cumulative_logprob"].dtype == np.float32
+    assert tensors["num_input_tokens"].dtype == tensors["num_output_tokens"].dtype == np.uint32
+    assert list(encode(delta, OUTPUTS[:1])) == ["text_output"]

@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from pagedcore_triton.protocol import OutputDelta
-from pagedcore_triton.responses import ErrorCode, ResponseStream, SenderPool
+from pagedcore_triton.protocol import OutputDelta, SequenceDelta
+from pagedcore_triton.responses import ErrorCode, ResponseStream
+from pagedcore_triton.senders import SenderPool
+from pagedcore_triton.sequence_output import SequenceOutput
 
 from pagedcore.engine.outputs import TokenOutput
 from pagedcore.engine.sampling_params import SamplingParams
@@ -29,7 +31,8 @@ class RecordingChannel:
     """Stands for Triton's response sender, which exists only in its stub. A closed `gate` makes a send block."""
 
     def __init__(self, log: list[tuple[RecordingChannel, str]] | None = None) -> None:
-        self.sent: list[str | tuple[ErrorCode, str]] = []
+        self.sent: list[str | tuple[ErrorCode, str]] = []  # of a text response, the texts joined by |
+        self.deltas: list[list[SequenceDelta]] = []
         self.finals = 0
         self.done = threading.Event()
         self.gate = threading.Event()
@@ -41,7 +44,8 @@ class RecordingChannel:
         self._log = log
 
     def send(self, delta: OutputDelta, final: bool) -> None:
-        self._record(delta.text, final)
+        self.deltas.append(list(delta.sequences))
+        self._record("|".join(sequence.text for sequence in delta.sequences), final)
 
     def send_error(self, code: ErrorCode, message: str) -> None:
         self._record((code, message), True)
@@ -73,11 +77,16 @@ class RecordingEngine:
         self.streams: dict[str, ResponseStream] = {}
         self.channels: list[RecordingChannel] = []
         self.aborted: list[str] = []
+        self.ended: list[tuple[str, int]] = []
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         if stream := self.streams.pop(request_id, None):
             stream.push(TokenOutput(request_id, 0, [], FinishReason.ABORT))
+
+    def end_sequence(self, request_id: str, index: int) -> None:
+        self.ended.append((request_id, index))
+        self.streams[request_id].push(TokenOutput(request_id, index, [], FinishReason.STOP))
 
 
 @pytest.fixture
@@ -107,20 +116,28 @@ class Client:
         *,
         stream: bool = True,
         prefix: str = "",
+        num_sequences: int = 1,
         log: list[tuple[RecordingChannel, str]] | None = None,
         **params: object,
     ) -> None:
         self.name = name
         self.channel = RecordingChannel(log)
         sampling = SamplingParams.from_dict(params)
-        text = OutputText(tokenizer, [], stop=sampling.stop or ())
-        self.stream = ResponseStream(name, self.channel, text, sampling, stream=stream, prefix=prefix)
+        sequences = [
+            SequenceOutput(tokenizer, OutputText(tokenizer, [], stop=sampling.stop or ()), prefix=prefix)
+            for _ in range(num_sequences)
+        ]
+        self.stream = ResponseStream(
+            name, self.channel, sequences, stream=stream, has_stop_strings=bool(sampling.stop), num_input_tokens=3
+        )
         pool.add(self.stream)
         engine.streams[name] = self.stream
         engine.channels.append(self.channel)
 
-    def push(self, *token_ids: int, reason: FinishReason | None = None, error: Exception | None = None) -> None:
-        self.stream.push(TokenOutput(self.name, 0, list(token_ids), reason, error=error))
+    def push(
+        self, *token_ids: int, index: int = 0, reason: FinishReason | None = None, error: Exception | None = None
+    ) -> None:
+        self.stream.push(TokenOutput(self.name, index, list(token_ids), reason, error=error))
 
     def result(self) -> list[str | tuple[ErrorCode, str]]:
         assert self.channel.done.wait(WAIT)
@@ -156,7 +173,7 @@ def test_a_request_that_does_not_stream_gets_one_response(
     assert client.result() == ["Count: one two three"]
 
 
-def test_an_unfinished_character_waits_for_its_rest(
+def test_every_token_has_a_response_but_only_whole_characters_are_shown(
     pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
 ) -> None:
     ids = tokenizer.encode("🙂!")
@@ -165,7 +182,7 @@ def test_an_unfinished_character_waits_for_its_rest(
     for token_id in ids:
         client.push(token_id)
     client.push(tokenizer.eos_token_id or 0, reason=FinishReason.STOP)
-    assert client.result() == ["🙂", "!", ""]
+    assert client.result() == [*[""] * (len(ids) - 2), "🙂", "!", ""]
 
 
 def test_a_backlogged_lane_merges_and_sends_first_tokens_first(
@@ -195,6 +212,58 @@ def test_a_backlogged_lane_merges_and_sends_first_tokens_first(
         ("b", " two"),  # alone in line: the lane is idle again
         ("b", " three"),
     ]
+
+
+def test_a_response_tells_the_next_token_of_every_open_sequence(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
+) -> None:
+    """However the engine's outputs arrive, so that the number of responses is that of the longest sequence's tokens."""
+    one, two, three = tokenizer.encode("one two three")
+    client = Client(pool, engine, tokenizer, "a", num_sequences=3)
+    client.push(one, index=2)
+    client.push(two, index=0)
+    client.push(three, index=2)
+    client.push(one, index=1, reason=FinishReason.LENGTH)
+    until(lambda: client.channel.sent == [" two|one|one"])
+    client.push(two, index=2, reason=FinishReason.LENGTH)
+    client.push(three, index=0)
+    client.push(three, index=0, reason=FinishReason.LENGTH)
+    assert client.result() == [" two|one|one", " three|| three", " three|| two"]
+    assert [[sequence.finish_reason for sequence in delta] for delta in client.channel.deltas] == [
+        [None, FinishReason.LENGTH, None],
+        [None, FinishReason.LENGTH, None],
+        [FinishReason.LENGTH] * 3,
+    ]
+    assert not engine.aborted
+
+
+def test_a_stop_string_ends_its_sequence_only(pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer) -> None:
+    one, two, three = tokenizer.encode("one two three")
+    client = Client(pool, engine, tokenizer, "a", num_sequences=2, stop=" two")
+    for first, second in ((one, one), (two, three)):
+        client.push(first, index=0)
+        client.push(second, index=1)
+    until(lambda: len(client.channel.sent) == 2)
+    until(lambda: engine.ended == [("a", 0)])
+    client.push(one, index=0)  # computed before the engine heard of it
+    client.push(three, index=1)
+    client.push(two, index=1)
+    assert client.result() == ["one|one", "| three", "| three", "|"]
+    assert client.channel.deltas[1][0] == SequenceDelta("", FinishReason.STOP, [two])
+    assert client.channel.deltas[2][0].token_ids == []
+    until(lambda: engine.aborted == ["a"])
+
+
+def test_a_failure_ends_all_sequences(pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer) -> None:
+    one = tokenizer.encode("one")[0]
+    for reason in (FinishReason.ERROR, FinishReason.ABORT):
+        client = Client(pool, engine, tokenizer, reason.value, num_sequences=2)
+        client.push(one, index=1)
+        client.push(reason=reason, error=EngineDeadError("it died") if reason is FinishReason.ERROR else None)
+        assert client.result()[-1][0] is (
+            ErrorCode.UNAVAILABLE if reason is FinishReason.ERROR else ErrorCode.CANCELLED
+        )
+        assert client.channel.finals == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -1,0 +1,162 @@
+"""From a request's input tensors to what the engine is asked: pure functions that check everything a client can get wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.errors import RequestError
+from pagedcore.text import Tokenizer
+from pagedcore_triton.json_text import parse_json_list, parse_json_object
+from pagedcore_triton.protocol import OUTPUTS, Array, OutputTensor
+
+MAX_PROMPT_BYTES = 1 << 20
+MAX_PARAMETERS_BYTES = 256 << 10
+STREAMING_ECHO = "When streaming, `exclude_input_in_output` = False is not allowed."
+PROMPT_INPUTS = ("text_input", "messages", "input_ids")
+
+
+class LoraDisabledError(RequestError):
+    """The request names a LoRA adapter; vllm_backend's clients know the text, which comes without a prefix there."""
+
+    def __init__(self) -> None:
+        super().__init__("LoRA feature is not enabled.")
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation that the model's chat template turns into the prompt."""
+
+    messages: list[Any]
+
+
+Prompt = str | ChatPrompt | list[int]  # the last: token ids
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A parsed request.
+
+    `echo`: the one response begins with the prompt. `outputs`: the tensors of its responses. `sampling_params` are the
+    engine's: they ask for log probabilities where an output needs them. `wants_logprobs`: the client asked for those.
+    """
+
+    prompt: Prompt
+    stream: bool
+    echo: bool
+    outputs: tuple[OutputTensor, ...]
+    sampling_params: SamplingParams
+    wants_logprobs: bool
+
+
+def parse_request(
+    inputs: Mapping[str, Array], parameters: str, requested_outputs: Iterable[str], *, model_name: str
+) -> GenerateRequest:
+    """Check and decode a request.
+
+    Args:
+        inputs: the input tensors that were sent, by name; strings are arrays of bytes objects.
+        parameters: the request's own parameters as a JSON object; used only without a sampling_parameters tensor.
+        requested_outputs: names of the outputs that the client wants; Triton names all of them if it did not say.
+
+    Raises:
+        RequestError: the text names the input or parameter, what is allowed and what was given.
+    """
+    if "embedding_request" in inputs:
+        raise RequestError(f"Model {model_name} does not support 'embed' request: embedding_request must be left out")
+    if "image" in inputs:
+        raise RequestError(f"image must be left out: model {model_name} takes text only")
+    prompt = _parse_prompt(inputs)
+    stream = _flag(inputs, "stream", False)
+    exclude_input = _flag(inputs, "exclude_input_in_output", stream or not isinstance(prompt, str))
+    if stream and not exclude_input:
+        raise RequestError(STREAMING_ECHO)
+    requested = set(requested_outputs)
+    outputs = tuple(
+        output
+        for output in OUTPUTS
+        if output.name in requested and (output.asked_by is None or _flag(inputs, output.asked_by, False))
+    )
+    params = _parse_sampling_params(inputs, parameters)
+    names = {output.name for output in outputs}
+    wants_logprobs = "logprobs" in names and params.logprobs is not None
+    if "cumulative_logprob" in names and params.logprobs is None and not params.ranks_outputs:
+        params = dataclasses.replace(params, logprobs=0)
+    return GenerateRequest(prompt, stream, not exclude_input, outputs, params, wants_logprobs)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The prompt's token ids; raises RequestError for messages that do not fit the model's chat template."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if isinstance(prompt, ChatPrompt):
+        return tokenizer.encode(tokenizer.apply_chat_template(prompt.messages), add_special_tokens=False)
+    return prompt
+
+
+def _parse_prompt(inputs: Mapping[str, Array]) -> Prompt:
+    given = [name for name in PROMPT_INPUTS if name in inputs]
+    if not given:
+        raise RequestError(
+            "text_input is required: the prompt, a text of at least 1 character (or messages, or input_ids)"
+        )
+    if len(given) > 1:
+        raise RequestError(f"one of {', '.join(PROMPT_INPUTS)} must be sent, got {' and '.join(given)}")
+    if given[0] == "text_input":
+        text = _decode_utf8("text_input", _string(inputs, "text_input"), MAX_PROMPT_BYTES)
+        if not text:
+            raise RequestError("text_input must be at least 1 character, got an empty text")
+        return text
+    if given[0] == "messages":
+        text = _decode_utf8("messages", _string(inputs, "messages"), MAX_PROMPT_BYTES)
+        return ChatPrompt(parse_json_list("messages", text))
+    token_ids = inputs["input_ids"]
+    if token_ids.ndim != 1 or token_ids.size == 0:
+        raise RequestError(f"input_ids must have the shape [n], n at least 1, got {list(token_ids.shape)}")
+    ids: list[int] = token_ids.tolist()
+    if min(ids) < 0:
+        raise RequestError(f"input_ids must be token ids (integers from 0 up), got {min(ids)}")
+    return ids
+
+
+def _parse_sampling_params(inputs: Mapping[str, Array], parameters: str) -> SamplingParams:
+    name = "the request's parameters"
+    if "sampling_parameters" in inputs:
+        name = "sampling_parameters"
+        parameters = _decode_utf8(name, _string(inputs, name), MAX_PARAMETERS_BYTES)
+    values = parse_json_object(name, parameters)
+    if values.pop("lora_name", None) is not None:
+        raise LoraDisabledError
+    return SamplingParams.from_dict(values)
+
+
+def _string(inputs: Mapping[str, Array], name: str) -> bytes:
+    value = _single(inputs, name)
+    if not isinstance(value, bytes):
+        raise RequestError(f"{name} must be a text, got {type(value).__name__}")
+    return value
+
+
+def _flag(inputs: Mapping[str, Array], name: str, default: bool) -> bool:
+    return bool(_single(inputs, name)) if name in inputs else default
+
+
+def _single(inputs: Mapping[str, Array], name: str) -> Any:
+    array = inputs[name]
+    if array.shape != (1,):
+        raise RequestError(f"{name} must have the shape [1], got {list(array.shape)}")
+    return array[0]
+
+
+def _decode_utf8(name: str, data: bytes, max_bytes: int) -> str:
+    if len(data) > max_bytes:
+        raise RequestError(f"{name} must have at most {max_bytes} bytes, got {len(data)}")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{name} must be valid UTF-8, got byte 0x{data[error.start]:02x} at {error.start}"
+        ) from error

@@ -1,0 +1,140 @@
+"""The sending threads, and the one that asks whose client has gone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from queue import Empty, SimpleQueue
+
+from pagedcore_triton.responses import EngineControl, ResponseStream
+
+logger = logging.getLogger(__name__)
+
+NUM_LANES = 4  # a send blocks for about 0.1 ms; the process boundary saturates at about four senders
+# Asking whether a request was cancelled takes a round trip of about 0.05 ms on the channel that the senders use, so many
+# open requests are asked less often than few, and a handful at a time.
+POLL_SECONDS_PER_STREAM = 0.002
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.1
+POLL_GROUP = 8
+
+
+class Lane:
+    """A sending thread. Streams with something to send wait in line; those without a first response go first."""
+
+    def __init__(self, engine: EngineControl, name: str) -> None:
+        self.num_streams = 0  # pinned to this lane and not closed
+        self._engine = engine
+        self._inbox: SimpleQueue[ResponseStream | None] = SimpleQueue()
+        self._first: deque[ResponseStream] = deque()
+        self._rest: deque[ResponseStream] = deque()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, stream: ResponseStream) -> None:
+        """Put a stream that has something to send in line."""
+        self._inbox.put(stream)
+
+    def stop(self, timeout: float) -> None:
+        """Send what is in line, then end."""
+        self._inbox.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            stream = self._next()
+            if stream is None:
+                return
+            if stream.send_pending(merge=bool(self._first or self._rest), engine=self._engine):
+                self._line_up(stream)
+
+    def _next(self) -> ResponseStream | None:
+        """The stream whose turn it is; None when the lane is to end."""
+        idle = not (self._first or self._rest)
+        try:
+            while True:
+                stream = self._inbox.get(block=idle)
+                if stream is None:
+                    self._inbox.put(None)  # for the next turn: what is in line goes first
+                    break
+                self._line_up(stream)
+                idle = False
+        except Empty:
+            pass
+        if self._first:
+            return self._first.popleft()
+        return self._rest.popleft() if self._rest else None
+
+    def _line_up(self, stream: ResponseStream) -> None:
+        (self._rest if stream.started else self._first).append(stream)
+
+
+class SenderPool:
+    """The lanes, and the one thread that asks for every open request, queued or running, whether it was cancelled.
+
+    With `NUM_LANES` lanes, each request on one of them: an idle lane sends every token at once, a backlogged one merges
+    the tokens that a request has piled up.
+    """
+
+    def __init__(self, engine: EngineControl) -> None:
+        self._engine = engine
+        self._lanes = [Lane(engine, f"pagedcore-sender-{number}") for number in range(NUM_LANES)]
+        self._lock = threading.Lock()  # guards _streams and the lanes' num_streams
+        self._streams: set[ResponseStream] = set()
+        self._stopping = threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="pagedcore-cancellation", daemon=True)
+
+    def start(self) -> None:
+        for lane in self._lanes:
+            lane.start()
+        self._poller.start()
+
+    def add(self, stream: ResponseStream) -> None:
+        """Pin a stream to the lane with the fewest, before its request goes to the engine."""
+        with self._lock:
+            stream.lane = min(self._lanes, key=lambda lane: lane.num_streams)
+            stream.lane.num_streams += 1
+            self._streams.add(stream)
+
+    def discard(self, stream: ResponseStream) -> None:
+        """Forget a stream whose request the engine did not take, or that is closed."""
+        with self._lock:
+            if stream in self._streams:
+                self._streams.remove(stream)
+                assert stream.lane is not None
+                stream.lane.num_streams -= 1
+
+    def stop(self, timeout: float) -> None:
+        """Send what the engine has pushed so far, and end the threads; `timeout` in seconds, for each."""
+        self._stopping.set()
+        for lane in self._lanes:
+            lane.stop(timeout)
+        self._poller.join(timeout)
+        with self._lock:
+            self._streams.clear()  # their channels are not to outlive Triton's stub
+
+    def _poll(self) -> None:
+        while not self._stopping.is_set():
+            with self._lock:
+                streams = list(self._streams)
+            period = min(MAX_POLL_SECONDS, max(MIN_POLL_SECONDS, POLL_SECONDS_PER_STREAM * len(streams)))
+            groups = [streams[i : i + POLL_GROUP] for i in range(0, max(1, len(streams)), POLL_GROUP)]
+            for group in groups:
+                if self._stopping.wait(period / len(groups)):
+                    return
+                for stream in group:
+                    self._poll_one(stream)
+
+    def _poll_one(self, stream: ResponseStream) -> None:
+        try:
+            if stream.is_cancelled():
+                if not stream.cancelling:  # asked for until it ends: the engine may not have known the request yet
+                    stream.cancelling = True
+                    logger.info("[vllm] Cancelling the request (%s)", stream.request_id)
+                self._engine.abort(stream.request_id)
+        except Exception:
+            logger.exception("request %s: cannot tell whether it was cancelled", stream.request_id)
+        if stream.is_closed:
+            self.discard(stream)
