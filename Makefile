@@ -1,7 +1,7 @@
-# make serve | install | test | check | bench | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
+# make serve | install | test | check | bench | paper | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve install test check bench asan cuda clean setup-serve setup-test setup-bench
+.PHONY: help setup serve install test check bench paper asan cuda clean setup-serve setup-test setup-bench
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
@@ -31,6 +31,7 @@ help:
 	@echo "make test    the whole test suite (ARGS='-k name' goes to pytest)"
 	@echo "make check   ruff, mypy, clang-format"
 	@echo "make bench   the CPU benchmarks, written to benchmarks/results"
+	@echo "make paper   the PagedAttention paper's experiments that need no GPU, written to docs/paper.md"
 	@echo "make asan    block manager and kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make cuda    compile the CUDA kernels, which needs nvcc and no GPU; 'make test CUDA=ON ARGS=\"-m gpu\"' runs their tests on one"
 	@echo "make setup   only what the others need: .venv (PYTHON= TORCH= CUDA=ON|OFF), tritonserver and the default model"
@@ -62,11 +63,15 @@ check: setup-test
 	$(VENV_BIN)/mypy
 	$(VENV_BIN)/python -m pytest -q tests/test_layering.py
 	$(VENV_BIN)/python benchmarks/tables.py --check
+	$(VENV_BIN)/python benchmarks/paper/page.py --check
 	git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs $(VENV_BIN)/clang-format --dry-run --Werror
 
 bench: setup-bench
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'
 	set -e; for script in $(BENCHMARKS); do $(VENV_BIN)/python $$script; done
+
+paper: setup-bench
+	$(VENV_BIN)/python benchmarks/paper/main.py
 
 # The instrumented modules live in a tree of their own, put before site-packages by -S, which leaves out .pth files.
 ASAN_TREE := build/asan/tree

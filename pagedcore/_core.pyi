@@ -124,6 +124,10 @@ class BlockManager:
         """Forget all cached prefixes. Live sequences go on, but nothing they compute is cached any more."""
 
     @property
+    def max_blocks_per_sequence(self) -> int:
+        """The most blocks that one sequence can have, alone in the pool."""
+
+    @property
     def num_blocks(self) -> int: ...
     @property
     def block_size(self) -> int: ...
@@ -143,3 +147,15 @@ class BlockManager:
     def num_host_blocks(self) -> int: ...
     @property
     def num_free_host_blocks(self) -> int: ...
+
+class ContiguousManager(BlockManager):
+    """The memory policy that PagedAttention replaces (Kwon et al. 2023, 3.1, 6.1): block tables of consecutive blocks.
+
+    The first `grow` of a sequence reserves by the buddy system, which rounds up to a power of two; a later one only looks
+    whether that is enough. Nothing is shared, cached or swapped: `match_prefix` finds nothing, `fork` raises ValueError,
+    `swap_out` has no room. `num_free_blocks` may be more than the longest free range: external fragmentation.
+    `max_blocks_per_sequence` is the largest power of two in the pool.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """Raises ValueError as BlockManager does."""

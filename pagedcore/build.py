@@ -12,10 +12,10 @@ from typing import Generic, TypeVar
 import torch
 
 from pagedcore import _kernels
-from pagedcore._core import BlockManager
 from pagedcore.config import EngineConfig
 from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.engine_thread import EngineThread
+from pagedcore.engine.memory_policy import MemoryPolicy
 from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
 from pagedcore.errors import ConfigError
 from pagedcore.execution.cuda import CudaExecutor, has_cuda_device
@@ -84,12 +84,18 @@ def _build(
     config: EngineConfig, model: ModelConfig, executor: LocalExecutor | CudaExecutor, max_model_len: int
 ) -> Engine:
     shape = executor.kv_cache_shape
-    blocks = BlockManager(
+    policy = MemoryPolicy(config.kv_policy, max_model_len)
+    blocks = policy.make_blocks(
         shape.num_blocks,
         shape.block_size,
         num_host_blocks=shape.num_host_blocks,
         enable_prefix_caching=config.enable_prefix_caching,
     )
+    if policy.reserves_max_model_len and blocks.blocks_needed(max_model_len) > blocks.max_blocks_per_sequence:
+        raise ConfigError(
+            f"kv_policy {config.kv_policy!r} reserves max_model_len = {max_model_len} tokens for every sequence, but the "
+            f"longest contiguous range of the pool has {blocks.max_blocks_per_sequence} blocks of {blocks.block_size}"
+        )
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
@@ -100,6 +106,7 @@ def _build(
         ),
         blocks,
         executor.step_buffers(),
+        policy,
     )
     limits = EngineLimits(
         max_model_len, model.vocab_size, min(config.max_logprobs, model.vocab_size), frozenset(model.eos_token_ids)

@@ -15,6 +15,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
+# Paged, or the baselines of the PagedAttention paper: engine/memory_policy.py.
+KV_POLICIES = ("paged", "orca_oracle", "orca_pow2", "orca_max", "static_batch")
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -26,6 +28,8 @@ class EngineConfig:
     `swap_space` and `kv_cache_memory_bytes`: GiB and bytes. `gpu_memory_utilization`: share of the device's memory, for
     weights, KV cache and workspace together; on a CPU, share of the memory that is free after loading, at most
     `max_num_seqs` sequences of `max_model_len` tokens and 4 GiB, unless `kv_cache_memory_bytes` says otherwise.
+    `kv_policy` (not one of vLLM's): "paged", or a baseline to compare it with, which reserves contiguous memory for whole
+    sequences and has no prefix cache: "orca_oracle", "orca_pow2", "orca_max", "static_batch".
     """
 
     model: str
@@ -37,6 +41,7 @@ class EngineConfig:
     load_format: str = "auto"
     max_model_len: int | None = None
     block_size: int = 16
+    kv_policy: str = "paged"
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     max_logprobs: int = 20
@@ -60,6 +65,7 @@ class EngineConfig:
         self._check_choice("device", DEVICES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("block_size", BLOCK_SIZES)
+        self._check_choice("kv_policy", KV_POLICIES)
         for name in (
             "max_model_len",
             "max_num_batched_tokens",

@@ -14,6 +14,7 @@
 
 #include "block_manager.h"
 #include "check.h"
+#include "contiguous_manager.h"
 #include "step_buffer.h"
 
 namespace py = pybind11;
@@ -172,6 +173,7 @@ PYBIND11_MODULE(_core, module) {
       .def("has", &BlockManager::has, py::arg("seq_id"))
       .def("check_integrity", &BlockManager::check_integrity)
       .def("reset_prefix_cache", &BlockManager::reset_prefix_cache)
+      .def_property_readonly("max_blocks_per_sequence", &BlockManager::max_blocks_per_sequence)
       .def_property_readonly("num_blocks", &BlockManager::num_blocks)
       .def_property_readonly("block_size", &BlockManager::block_size)
       .def_property_readonly("num_free_blocks", &BlockManager::num_free_blocks)
@@ -179,6 +181,9 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("num_evictions", &BlockManager::num_evictions)
       .def_property_readonly("num_host_blocks", &BlockManager::num_host_blocks)
       .def_property_readonly("num_free_host_blocks", &BlockManager::num_free_host_blocks);
+
+  py::class_<ContiguousManager, BlockManager>(module, "ContiguousManager")
+      .def(py::init<int64_t, int64_t>(), py::arg("num_blocks"), py::arg("block_size"));
 }
 
 }  // namespace pagedcore

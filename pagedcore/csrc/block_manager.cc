@@ -104,8 +104,7 @@ int64_t BlockManager::match_prefix(SequenceId id, std::span<const int32_t> token
   while (seq.num_committed < limit) {
     const BlockId block = cache_.find(seq.prefix, tokens.subspan(seq.num_committed * block_size_, block_size_));
     if (block == kNoBlock) break;
-    pool_.add_ref(block);
-    seq.blocks.push_back(block);
+    claim(seq, block);
     seq.prefix = cache_.id(block);
     seq.prefix_block = block;
     ++seq.num_committed;

@@ -57,10 +57,11 @@ class BlockManager {
   };
 
   explicit BlockManager(const Options& options);
+  virtual ~BlockManager() = default;
 
   void add(SequenceId id);
-  void fork(SequenceId parent, SequenceId child);
-  void release(SequenceId id);
+  virtual void fork(SequenceId parent, SequenceId child);
+  virtual void release(SequenceId id);
   bool has(SequenceId id) const { return sequences_.contains(id); }
 
   // Attach the longest cached prefix of `tokens` in whole blocks, at most `max_tokens` of it. Returns its length in
@@ -68,7 +69,7 @@ class BlockManager {
   int64_t match_prefix(SequenceId id, std::span<const int32_t> tokens, int64_t max_tokens, const std::string& salt);
 
   // Room for `num_tokens`, and sole ownership of every block with a slot in [write_from, num_tokens). False: no room.
-  bool grow(SequenceId id, int64_t num_tokens, int64_t write_from);
+  virtual bool grow(SequenceId id, int64_t num_tokens, int64_t write_from);
 
   // Register the blocks full of computed tokens.
   void commit(SequenceId id, std::span<const int32_t> tokens, int64_t num_computed);
@@ -89,7 +90,7 @@ class BlockManager {
   void reset_prefix_cache();
 
   // Throws std::runtime_error naming the violated invariant.
-  void check_integrity() const;
+  virtual void check_integrity() const;
 
   std::span<const BlockId> block_table(SequenceId id) const { return resident(id).blocks; }
   // Whether one sequence alone owns the block and no cached prefix is in it.
@@ -98,6 +99,8 @@ class BlockManager {
   void clear_pending_copies();
 
   int64_t blocks_needed(int64_t num_tokens) const { return num_tokens / block_size_ + (num_tokens % block_size_ != 0); }
+  // The most blocks that one sequence can have, alone in the pool.
+  virtual int64_t max_blocks_per_sequence() const { return num_blocks(); }
   int32_t num_blocks() const { return pool_.num_blocks(); }
   int32_t block_size() const { return block_size_; }
   int32_t num_free_blocks() const { return pool_.num_free(); }
@@ -106,7 +109,7 @@ class BlockManager {
   int32_t num_host_blocks() const { return host_pool_.num_blocks(); }
   int32_t num_free_host_blocks() const { return host_pool_.num_free(); }
 
- private:
+ protected:
   struct Sequence {
     std::vector<BlockId> blocks;  // of the device, or of the host while swapped out
     bool swapped_out = false;
@@ -116,10 +119,18 @@ class BlockManager {
     int64_t num_committed = 0;               // blocks
   };
 
-  const Sequence& sequence(SequenceId id) const;
-  Sequence& sequence(SequenceId id);
   const Sequence& resident(SequenceId id) const;  // refuses one that is swapped out
   Sequence& resident(SequenceId id);
+
+  // Append a free block of the caller's choice to a block table.
+  void claim(Sequence& seq, BlockId block) {
+    pool_.add_ref(block);
+    seq.blocks.push_back(block);
+  }
+
+ private:
+  const Sequence& sequence(SequenceId id) const;
+  Sequence& sequence(SequenceId id);
 
   // References from block tables. Those of pending copies do not count: a copy reads its source before the step writes.
   int32_t num_owners(BlockId block) const { return pool_.ref_count(block) - num_readers_[block]; }

@@ -13,6 +13,8 @@ class Request:
 
     `cache_salt` keeps the request's prefix-cache entries apart from those of every other salt; equal salts share.
     `bad_words`: the token ids of each of the sampling parameters' bad words, in every spelling that counts.
+    `expected_output_len` (at least 1) is how long the output will be, where an experiment knows that beforehand; only
+    the baselines among the memory policies ask for it, and no output is ended by it.
     """
 
     request_id: str
@@ -20,6 +22,7 @@ class Request:
     sampling_params: SamplingParams
     cache_salt: str = ""
     bad_words: tuple[tuple[int, ...], ...] = ()
+    expected_output_len: int | None = None
 
 
 def truncate_prompt(token_ids: list[int], params: SamplingParams, max_model_len: int) -> list[int]:

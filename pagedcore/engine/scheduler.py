@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from pagedcore._core import BlockManager
+from pagedcore.engine.memory_policy import PAGED, MemoryPolicy
 from pagedcore.engine.outputs import (
     EngineStats,
     TokenLogprobs,
@@ -55,9 +56,12 @@ class Scheduler:
     step draws is in flight then, and the plan refers to it by row.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, buffers: list[Int32Array]) -> None:
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, buffers: list[Int32Array], policy: MemoryPolicy = PAGED
+    ) -> None:
         self.config = config
         self.blocks = blocks
+        self.policy = policy
         self.waiting: deque[SequenceGroup] = deque()
         self.preempted: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
@@ -69,7 +73,7 @@ class Scheduler:
         self._packer = StepPacker(blocks, config.max_num_seqs, config.decode_batch_sizes, buffers)
         self._swap_space = SwapSpace(blocks, config.preemption_mode, config.swap_cost_tokens)
         self._seq_ids = itertools.count()
-        self._watermark_blocks = int(blocks.num_blocks * WATERMARK)
+        self._watermark_blocks = int(blocks.num_blocks * WATERMARK) if policy.is_paged else 0
         self._num_reserved_rows = 0  # the widths of the running groups
         self._with_trunk: list[SequenceGroup] = []  # running groups whose common tokens are being computed
         self._refused_at: tuple[SequenceGroup, int] | None = None  # group that had no room, and the free blocks then
@@ -82,12 +86,20 @@ class Scheduler:
             raise RequestError(
                 f"n, best_of and beam_width must be at most {self.config.max_num_seqs} (max_num_seqs), got {width}"
             )
-        needed = blocks_of_group(self.blocks, num_prompt_tokens, max_total_tokens, width)
-        if needed > self.blocks.num_blocks:
+        if self.policy.is_paged:
+            needed, available = blocks_of_group(self.blocks, num_prompt_tokens, max_total_tokens, width), "the pool has"
+        elif width == 1:
+            needed = self.blocks.blocks_needed(self.policy.most_tokens(max_total_tokens))
+            available = "the longest contiguous range of the pool has"
+        else:
+            raise RequestError(
+                f"n, best_of and beam_width must be 1 with kv_policy {self.policy.name!r}, which shares no blocks, got {width}"
+            )
+        if needed > self.blocks.max_blocks_per_sequence:
             more = f"up to {max_total_tokens - num_prompt_tokens} more"
             raise RequestError(
                 f"prompt of {num_prompt_tokens} tokens with {more if width == 1 else f'{width} times {more}'} needs {needed} "
-                f"KV-cache blocks of {self.blocks.block_size} tokens, but the pool has {self.blocks.num_blocks}; "
+                f"KV-cache blocks of {self.blocks.block_size} tokens, but {available} {self.blocks.max_blocks_per_sequence}; "
                 f"shorten the prompt or lower max_tokens{'' if width == 1 else ' or the number of sequences'}"
             )
 
@@ -124,7 +136,8 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         decodes, chunks = Rows(), Rows()
         has_preempted, budget = self._schedule_running(decodes, chunks, budget)
-        if not has_preempted and budget > 0 and (self.preempted or self.waiting):
+        wanted = self.preempted or self.waiting
+        if not has_preempted and budget > 0 and wanted and self.policy.may_admit(len(self.running)):
             self._admit(decodes, chunks, budget)
         branching = self._branch(decodes, chunks) if self._with_trunk else []
         if not decodes.sequences and not chunks.sequences:
@@ -238,8 +251,8 @@ class Scheduler:
         return True
 
     def _has_room(self, group: SequenceGroup, sequence: Sequence, cached: int) -> bool:
-        """Take all blocks of the tokens there are: a group is admitted whole or not at all."""
-        if not self.blocks.grow(sequence.seq_id, len(sequence.token_ids), cached):
+        """Take all blocks the policy wants, at least for the tokens there are: a group is admitted whole or not at all."""
+        if not self.blocks.grow(sequence.seq_id, self.policy.tokens_to_hold(sequence), cached):
             return False
         return not self.running or (
             self.blocks.num_free_blocks >= self._watermark_blocks + group.blocks_to_branch(self.blocks)

@@ -1,0 +1,176 @@
+"""Figures 12, 14, 16 and 17: normalized latency against request rate, simulated, under each memory policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks import report
+from benchmarks.paper import plots
+from benchmarks.paper.memory import opt_13b
+from benchmarks.paper.runs import LABELS, POLICIES, Point, Sweep, sustained_rate
+from benchmarks.paper.shapes import paper_row
+from benchmarks.paper.simulator import SimulationConfig
+from benchmarks.paper.step_time import (
+    A100_40GB,
+    EIGHT_A100_80GB,
+    HARDWARE_LIMIT,
+    OPT_13B,
+    OPT_175B,
+    paper_system,
+    step_time,
+)
+from benchmarks.paper.workloads import (
+    ALPACA,
+    SHAREGPT,
+    ChatTrace,
+    LogNormalLengths,
+    PlainTrace,
+    SharedPrefixTrace,
+    Trace,
+)
+
+LIMIT = 1.0  # s/token: where the paper's axes end
+SUSTAINED = 0.2  # s/token: at this latency rates are compared
+# Rates are these multiples of a rough guess at what a system sustains (requests/s).
+MULTIPLES = (0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5)
+SHAREGPT_GUESS = {"paged": 1.9, "orca_oracle": 1.2, "orca_pow2": 0.95, "orca_max": 0.65, "static_batch": 0.3}
+ALPACA_GUESS = {"paged": 32.0, "orca_oracle": 22.5, "orca_pow2": 16.5, "orca_max": 4.5, "static_batch": 1.3}
+LARGE_GUESS = {"paged": 25.0, "orca_oracle": 25.0, "orca_pow2": 21.0, "orca_max": 10.0, "static_batch": 1.75}
+PREFIX_GUESS = {80: {"paged": 33.0, "orca_oracle": 16.0}, 341: {"paged": 26.0, "orca_oracle": 5.5}}
+# By number of samples (figure 14).
+SAMPLES_GUESS = {
+    2: {"paged": 17.0, "orca_oracle": 12.0, "orca_pow2": 8.0, "orca_max": 2.2},
+    4: {"paged": 9.5, "orca_oracle": 6.0, "orca_pow2": 4.0, "orca_max": 1.1},
+    6: {"paged": 6.5, "orca_oracle": 4.0, "orca_pow2": 2.7, "orca_max": 0.7},
+}
+CHAT_GUESS = {"paged": 0.9, "paged_cached": 0.9, "orca_oracle": 0.6, "orca_pow2": 0.6, "orca_max": 0.6}
+# English-German sentence pairs: the paper does not give their lengths; these are a choice.
+TRANSLATION = LogNormalLengths("translation", 35.0, 40.0, prompt_sigma=0.5, output_sigma=0.5)
+FIGURE_16 = {80: 1.67, 341: 3.58}
+
+
+def opt_175b(policy: str) -> SimulationConfig:
+    """OPT-175B on eight A100-80GB, at the efficiencies of the paper's system on OPT-13B: much memory, slow steps."""
+    time = step_time(OPT_175B, EIGHT_A100_80GB, paper_system())
+    return SimulationConfig(policy, time, OPT_175B.num_slots, max_num_seqs=512)
+
+
+def sweeps() -> dict[tuple[str, ...], Sweep]:
+    """All runs of this file, by what they are for; the last part of a key is the system."""
+    fastest = step_time(OPT_13B, A100_40GB, HARDWARE_LIMIT)
+    found: dict[tuple[str, ...], Sweep] = {}
+
+    def add(key: tuple[str, ...], config: SimulationConfig, trace: Trace, guess: float, seconds: float) -> None:
+        rates = tuple(round(guess * multiple, 3) for multiple in MULTIPLES)
+        found[key] = Sweep(config, trace, rates, seconds, LIMIT)
+
+    for policy in POLICIES:
+        sharegpt = SHAREGPT_GUESS[policy]
+        add(("fig 12", "ShareGPT", policy), opt_13b(policy), PlainTrace(SHAREGPT), sharegpt, 1200)
+        add(("fastest", policy), opt_13b(policy, fastest), PlainTrace(SHAREGPT), 1.6 * sharegpt, 600)
+        add(("fig 12", "Alpaca", policy), opt_13b(policy), PlainTrace(ALPACA), ALPACA_GUESS[policy], 300)
+        add(("large", policy), opt_175b(policy), PlainTrace(ALPACA), LARGE_GUESS[policy], 300)
+    for num_samples, guesses in SAMPLES_GUESS.items():
+        samples = PlainTrace(ALPACA, num_samples)
+        for policy, guess in guesses.items():
+            config = replace(opt_13b(policy), max_num_seqs=512)
+            add(("fig 14", str(num_samples), policy), config, samples, guess, 300)
+    for prefix_len, guesses in PREFIX_GUESS.items():
+        trace = SharedPrefixTrace(TRANSLATION, prefix_len)
+        for policy, guess in guesses.items():
+            config = replace(opt_13b(policy), enable_prefix_caching=policy == "paged")
+            add(("fig 16", str(prefix_len), policy), config, trace, guess, 200)
+    for name, guess in CHAT_GUESS.items():
+        policy = name.removesuffix("_cached")
+        config = replace(opt_13b(policy), enable_prefix_caching=policy != name)
+        add(("fig 17", name), config, ChatTrace(SHAREGPT), guess, 900)
+    return found
+
+
+def _curves(points: dict[tuple[str, ...], list[Point]], *key: str) -> dict[str, list[Point]]:
+    return {name[-1]: run for name, run in points.items() if name[:-1] == key}
+
+
+def _gains(title: str, curves: dict[str, list[Point]], own: str = "paged") -> list[report.Row]:
+    """The rate that is sustained, against that of every other system."""
+    rates = {name: sustained_rate(curve, SUSTAINED) for name, curve in curves.items()}
+    return [
+        report.row(
+            f"{title}, against {LABELS[name]}",
+            rates[own],
+            "req/s",
+            f"{LABELS[name]} policy",
+            rate,
+            higher_is_better=True,
+        )
+        for name, rate in rates.items()
+        if name in LABELS and name != own
+    ]
+
+
+def figure_12(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
+    """OPT-13B, both data sets, and the paper's own exception: a large model with much memory and short sequences."""
+    panels = {
+        "ShareGPT, OPT-13B": _curves(points, "fig 12", "ShareGPT"),
+        "Alpaca, OPT-13B": _curves(points, "fig 12", "Alpaca"),
+        "Alpaca, OPT-175B": _curves(points, "large"),
+    }
+    with plots.figure("fig12", columns=3, size=(3.7, 2.9)) as axes:
+        for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+            plots.latency_curves(axis, curves)
+            axis.set_title(f"{title} (simulated)")
+        plots.legend_below(axes[0], columns=5)
+    rows = []
+    for title, curves in panels.items():
+        rows += _gains(f"fig 12: {title}", curves)
+    return rows + _gains("fig 12 on faster steps: ShareGPT, OPT-13B", _curves(points, "fastest"))
+
+
+def figure_14(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
+    """Parallel sampling: the paged engine computes and keeps a prompt once, the others once for each sample."""
+    rows = []
+    with plots.figure("fig14", columns=3, size=(3.7, 2.9)) as axes:
+        for axis, num_samples in zip(axes, SAMPLES_GUESS, strict=True):
+            curves = _curves(points, "fig 14", str(num_samples))
+            plots.latency_curves(axis, curves)
+            axis.set_title(f"Alpaca, {num_samples} samples (simulated)")
+            rows += _gains(f"fig 14: {num_samples} samples", curves)
+        plots.legend_below(axes[0], columns=4)
+    return rows
+
+
+def figure_16(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
+    """A prefix that all requests share, kept by the prefix cache, against Orca (Oracle), which cannot share it."""
+    rows = []
+    with plots.figure("fig16", columns=2, size=(3.9, 2.9)) as axes:
+        for axis, prefix_len in zip(axes, PREFIX_GUESS, strict=True):
+            curves = _curves(points, "fig 16", str(prefix_len))
+            plots.latency_curves(axis, curves)
+            axis.set_title(f"shared prefix of {prefix_len} tokens (simulated)")
+            axis.legend()
+            gain = _gains(f"fig 16: prefix of {prefix_len} tokens", curves)[0]
+            rows += [
+                gain,
+                paper_row(f"fig 16: prefix of {prefix_len} tokens, gain", gain.ratio, "x", FIGURE_16[prefix_len]),
+            ]
+    return rows
+
+
+def figure_17(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
+    """Chat: the last 1024 tokens of a conversation are the prompt; K/V is not kept between rounds, and, beside it, it is."""
+    curves = _curves(points, "fig 17")
+    labels = LABELS | {"paged_cached": "pagedcore, prefix cache on"}
+    with plots.figure("fig17", size=(4.4, 3.0)) as (axis,):
+        plots.latency_curves(axis, curves, labels)
+        axis.set_title("chat (simulated)")
+        axis.legend()
+    rows = _gains("fig 17: chat", curves)
+    rows += [paper_row(f"{row.name}, gain", row.ratio, "x", 2.0) for row in rows]
+    cached = sustained_rate(curves["paged_cached"], SUSTAINED)
+    plain = sustained_rate(curves["paged"], SUSTAINED)
+    rows.append(
+        report.row(
+            "fig 17: chat, prefix cache on", cached, "req/s", "pagedcore, nothing kept", plain, higher_is_better=True
+        )
+    )
+    return rows
