@@ -100,7 +100,7 @@ def test_a_reservation_belongs_to_one_sequence() -> None:
         manager.grow(0, 9, 10)
     with pytest.raises(KeyError, match="no sequence 5"):
         manager.release(5)
-    assert manager.swap_out(0) is None
+    assert manager.swap_out([0]) is None
     assert manager.block_table(0) == [0, 1, 2, 3] and not manager.has(1)
     manager.release(0)
     manager.add(0)
