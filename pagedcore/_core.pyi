@@ -60,7 +60,7 @@ class BlockManager:
         """`grow` for each in order, up to the first without room; returns how many were grown."""
 
     def fork(self, parent: int, child: int) -> None:
-        """Start `child` with all blocks of `parent`, shared (copy-on-write)."""
+        """Start `child` with all blocks of `parent`, shared (copy-on-write), of the host's if it is swapped out."""
 
     def release(self, seq_id: int) -> None:
         """Give the blocks back and forget the sequence. Cached ones stay findable until evicted, the last of a sequence first."""
@@ -75,7 +75,7 @@ class BlockManager:
         """Move sequences to host blocks: the (device, host) pairs to copy, before the next step. None: no room.
 
         A block that several of them share is moved once and stays shared among them. Blocks that others share are copied and
-        stay theirs. Until swap_in, only has and release accept the sequences.
+        stay theirs. Until swap_in, only has, fork and release accept the sequences.
         """
 
     def swap_in(self, seq_ids: list[int]) -> list[tuple[int, int]] | None:

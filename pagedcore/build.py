@@ -17,6 +17,7 @@ from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.engine_thread import EngineThread
 from pagedcore.engine.memory_policy import MemoryPolicy
 from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.errors import ConfigError
 from pagedcore.execution.cuda import CudaExecutor, has_cuda_device
 from pagedcore.execution.local import LocalExecutor
@@ -84,6 +85,12 @@ def _build(
     config: EngineConfig, model: ModelConfig, executor: LocalExecutor | CudaExecutor, max_model_len: int
 ) -> Engine:
     shape = executor.kv_cache_shape
+    mode = PreemptionMode(config.preemption_mode)
+    if mode is PreemptionMode.SWAP and shape.num_host_blocks == 0:
+        raise ConfigError(
+            f"preemption_mode 'swap' needs a swap_space of at least one block of {shape.block_size} tokens, "
+            f"got {config.swap_space or 0:g} GiB"
+        )
     policy = MemoryPolicy(config.kv_policy, max_model_len)
     blocks = policy.make_blocks(
         shape.num_blocks,
@@ -103,6 +110,8 @@ def _build(
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
             decode_batch_sizes=executor.decode_batch_sizes,
+            preemption_mode=mode,
+            swap_cost_tokens=shape.swap_cost_tokens,
         ),
         blocks,
         executor.step_buffers(),

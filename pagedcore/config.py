@@ -15,6 +15,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
+PREEMPTION_MODES = ("auto", "recompute", "swap")
 # Paged, or the baselines of the PagedAttention paper: engine/memory_policy.py.
 KV_POLICIES = ("paged", "orca_oracle", "orca_pow2", "orca_max", "static_batch")
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -25,7 +26,9 @@ class EngineConfig:
     """Everything that shapes an engine. Names and meanings are those of vLLM's engine arguments where it has them.
 
     `None` means: chosen when the engine is built, from the model, the device and its memory.
-    `swap_space` and `kv_cache_memory_bytes`: GiB and bytes. `gpu_memory_utilization`: share of the device's memory, for
+    `preemption_mode`: what happens to the K/V of a preempted request: "recompute", "swap" to `swap_space` GiB of host memory
+    (None: 0 on a CPU, whose KV cache is host memory already), or "auto", by estimated cost.
+    `kv_cache_memory_bytes`: bytes. `gpu_memory_utilization`: share of the device's memory, for
     weights, KV cache and workspace together; on a CPU, share of the memory that is free after loading, at most
     `max_num_seqs` sequences of `max_model_len` tokens and 4 GiB, unless `kv_cache_memory_bytes` says otherwise.
     `kv_policy` (not one of vLLM's): "paged", or a baseline to compare it with, which reserves contiguous memory for whole
@@ -51,7 +54,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
-    swap_space: float = 4.0
+    swap_space: float | None = None
+    preemption_mode: str = "auto"
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -81,7 +85,9 @@ class EngineConfig:
         self._check_integer("tensor_parallel_size", 1)
         self._check_integer("pipeline_parallel_size", 1)
         self._check_number("gpu_memory_utilization", 0.01, 1.0)
-        self._check_number("swap_space", 0.0, 1e6)
+        self._check_choice("preemption_mode", PREEMPTION_MODES)
+        if self.swap_space is not None:
+            self._check_number("swap_space", 0.0, 1e6)
         for field in dataclasses.fields(self):
             if field.type in ("bool", bool) and not isinstance(getattr(self, field.name), bool):
                 raise ConfigError(f"{field.name} must be true or false, got {getattr(self, field.name)!r}")

@@ -55,8 +55,8 @@ void BlockManager::add(SequenceId id) { require(sequences_.try_emplace(id).secon
 
 void BlockManager::fork(SequenceId parent, SequenceId child) {
   require(!has(child), child, "was added before");
-  Sequence copy = resident(parent);
-  for (const BlockId block : copy.blocks) pool_.add_ref(block);
+  Sequence copy = sequence(parent);
+  for (const BlockId block : copy.blocks) (copy.swapped_out ? host_pool_ : pool_).add_ref(block);
   sequences_.emplace(child, std::move(copy));
 }
 

@@ -77,6 +77,12 @@ class Engine:
         check_token_rules(params, request.bad_words, self._stop_token_ids(params), limits.vocab_size)
         if params.logprobs is not None and params.logprobs > limits.max_logprobs:
             raise RequestError(f"logprobs must be in [0, {limits.max_logprobs}] (max_logprobs), got {params.logprobs}")
+        num_stops = len({*params.stop_token_ids, *(() if params.ignore_eos else limits.eos_token_ids)})
+        if params.beam_width is not None and params.beam_width + num_stops > limits.vocab_size:
+            raise RequestError(
+                f"beam_width must be at most {limits.vocab_size - num_stops} (vocabulary without stop tokens), "
+                f"got {params.beam_width}"
+            )
         max_total_tokens = limits.max_model_len
         if params.max_tokens is not None:
             max_total_tokens = min(max_total_tokens, num_prompt_tokens + params.max_tokens)
@@ -111,7 +117,7 @@ class Engine:
     def end_sequence(self, request_id: str, index: int) -> list[TokenOutput]:
         """End one sequence of a request, as a stop token would; the others go on. Nothing if it has ended or not begun."""
         group = self._groups.get(request_id)
-        sequences = [] if group is None or not group.has_branched else group.sequences
+        sequences = [] if group is None or not group.has_branched or group.search is not None else group.sequences
         outputs: list[TokenOutput] = []
         for sequence in [sequence for sequence in sequences if sequence.index == index]:
             outputs = self.scheduler.end_sequence(sequence)

@@ -78,7 +78,21 @@ def final_output(
 
 
 def ranked_outputs(group: SequenceGroup) -> list[TokenOutput]:
-    """The outputs of a group whose sequences have all ended: the n of largest cumulative log probability, best first."""
+    """The outputs of a group that has ended: the n of largest cumulative log probability, or the n best beams, best first."""
+    if group.search is not None:
+        return [
+            TokenOutput(
+                group.request_id,
+                index,
+                beam.token_ids,
+                beam.reason,
+                stop_reason=beam.stop_reason,
+                num_cached_tokens=group.num_cached_tokens,
+                request_finished=index + 1 == group.num_outputs,
+                cumulative_logprob=beam.logprob,
+            )
+            for index, beam in enumerate(group.search.ended[: group.num_outputs])
+        ]
     best = sorted(group.held, key=lambda seq: (-seq.cumulative_logprob, seq.index))[: group.num_outputs]
     return [
         final_output(seq, seq.output_token_ids, seq.logprobs, index=index, request_finished=index + 1 == len(best))

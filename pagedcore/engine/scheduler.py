@@ -155,8 +155,8 @@ class Scheduler:
         for seq in [seq for group in self.running for seq in group.active]:
             num_tokens = len(seq.token_ids) + seq.num_in_flight
             pending = num_tokens - seq.num_computed_tokens
-            if num_tokens >= seq.max_total_tokens:
-                continue  # its last token is in flight
+            if num_tokens >= seq.max_total_tokens or pending == 0:
+                continue  # its last token is in flight, or it is a beam that waits for the others
             if pending > budget:
                 if budget == 0:
                     break
@@ -191,9 +191,11 @@ class Scheduler:
             status = GroupStatus.PREEMPTED
             self._release(group)
         self._stop_running(group)
+        group.status = status
         if status is GroupStatus.PREEMPTED:
             group.restart()
-        group.status = status
+            if group.search is not None:
+                self._drop_in_flight(group)  # a beam's candidates are of use only together with its blocks
         bisect.insort(self.preempted, group, key=lambda other: other.arrival)
         self.num_preemptions += 1
 
@@ -307,6 +309,9 @@ class Scheduler:
         token_ids = result.token_ids.tolist()
         block_size = self.blocks.block_size
         step_id = plan.step_id
+        for row in plan.beam_rows:
+            if token_ids[row] < 0 and step_id >= plan.sequences[row].valid_from:
+                outputs.append(self._fail_bad_logits(plan.sequences[row].group))
         for row, (seq, start, n, samples) in enumerate(
             zip(plan.sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
         ):
@@ -316,9 +321,7 @@ class Scheduler:
             token = token_ids[row]
             group = seq.group
             if samples and token < 0:  # its K/V may be as bad as its logits: nothing of it is registered
-                outputs.append(
-                    self.fail(group, NonFiniteLogitsError("the model's logits for this request were not finite"))
-                )
+                outputs.append(self._fail_bad_logits(group))
                 continue
             end = start + n
             if end // block_size > start // block_size and group.status is GroupStatus.RUNNING:
@@ -338,7 +341,38 @@ class Scheduler:
                 outputs.append(TokenOutput(group.request_id, seq.index, [token]))
             else:
                 outputs += self._outputs(seq, row, token, reason, result)
+        for row in plan.beam_rows:
+            if step_id >= plan.sequences[row].valid_from:
+                outputs += self._take_beam(plan.sequences[row], row, result)
         return outputs
+
+    def _take_beam(self, beam: Sequence, row: int, result: StepResult) -> list[TokenOutput]:
+        """Take over what a beam's step says of its next token; with the last beam of the group, choose how they go on."""
+        group = beam.group
+        search = group.search
+        assert search is not None and result.top_token_ids is not None and result.top_logprobs is not None
+        beam.awaits_choice = False
+        candidates = slice(search.num_candidates)
+        search.take(beam, result.top_token_ids[row, candidates], result.top_logprobs[row, candidates])
+        if not search.is_complete(group.sequences):
+            return []
+        continuations = search.choose(group.sequences)
+        if not continuations:
+            self._end_group(group)
+            return ranked_outputs(group)
+        self.num_generated_tokens += len(continuations)
+        change = group.replace_beams(continuations, self.new_seq_id)
+        for parent, child in change.forked:
+            self.blocks.fork(parent.seq_id, child.seq_id)
+        for dropped in change.dropped:
+            dropped.valid_from = NEVER
+            self.blocks.release(dropped.seq_id)
+        if group.status is GroupStatus.RUNNING:
+            for dropped in change.dropped:
+                self._packer.remove(dropped)
+            for _, child in change.forked:
+                self._packer.add(child, group.num_logprobs)
+        return []
 
     def _outputs(
         self, seq: Sequence, row: int, token: int, reason: FinishReason | None, result: StepResult
@@ -407,6 +441,9 @@ class Scheduler:
         self._num_reserved_rows -= group.width
         self.running.remove(group)
 
+    def _fail_bad_logits(self, group: SequenceGroup) -> TokenOutput:
+        return self.fail(group, NonFiniteLogitsError("the model's logits for this request were not finite"))
+
     def fail(self, group: SequenceGroup, error: Exception) -> TokenOutput:
         """End an unfinished group because of `error`."""
         self.abort(group, FinishReason.ERROR)
@@ -437,6 +474,10 @@ class Scheduler:
             self._release(group)
             group.status = GroupStatus.PREEMPTED
         group.restart()
+        self._drop_in_flight(group)
+
+    def _drop_in_flight(self, group: SequenceGroup) -> None:
+        """Have what launched steps say of a group dropped."""
         group.restarted_at = self._packer.num_steps
         for seq in group.sequences:
             seq.num_in_flight = 0

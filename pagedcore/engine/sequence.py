@@ -34,10 +34,12 @@ class Sequence:
     `index` is its number among the request's outputs. `slot` is its row in the table of sampling parameters while it runs.
     `last_row` is the row in the newest launched step that draws this sequence's next token; the next step takes its input
     id from there, without the host. Results of steps before `valid_from` are not its own any more: it has ended, or starts
-    again after a failed step. `cumulative_logprob` and `logprobs` are kept where the request wants or needs them.
+    again after a failed step. A beam that `awaits_choice` has drawn in a launched step, and has no next token until the host has
+    chosen. `cumulative_logprob` and `logprobs` are kept where the request wants or needs them.
     """
 
     __slots__ = (
+        "awaits_choice",
         "cumulative_logprob",
         "finish_reason",
         "group",
@@ -83,6 +85,7 @@ class Sequence:
         self.last_row = -1
         self.slot = -1
         self.valid_from = 0
+        self.awaits_choice = False
         self.cumulative_logprob = 0.0
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
 from pagedcore._core import BlockManager
+from pagedcore.engine.beam_search import BeamSearch, Continuation
 from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason, Sequence
 
@@ -22,10 +24,18 @@ class GroupStatus(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True)
+class BeamChange:
+    """What becomes of block tables when beams go on: (beam, its fork), and beams that end."""
+
+    forked: list[tuple[Sequence, Sequence]]
+    dropped: list[Sequence]
+
+
 class SequenceGroup:
     """Owns the unfinished sequences of a request and what is computed for them.
 
-    `sequences` are in the order of their indices. `active` are those that get rows in steps: the same ones, unless several
+    `sequences` are in the order of their indices, or beams, best first. `active` are those that get rows in steps: the same ones, unless several
     of them have tokens in common that have to be computed (a prompt before the first draws; prompt and equal output after
     a preemption). Those tokens are then computed once, as the sequence `trunk` in the block table of `lead`, and when the
     last of them is planned, the other sequences fork that table and go on by themselves.
@@ -48,6 +58,7 @@ class SequenceGroup:
         "ranks_outputs",
         "request_id",
         "restarted_at",
+        "search",
         "sequences",
         "status",
         "trunk",
@@ -55,7 +66,7 @@ class SequenceGroup:
     )
 
     def __init__(self, first: Sequence) -> None:
-        """`first`: the sequence of index 0; the others come into being when the prompt has been computed."""
+        """`first`: the sequence of index 0, or the first beam; the others come into being when the prompt has been computed."""
         params = first.request.sampling_params
         first.group = self
         self.request_id = first.request.request_id
@@ -65,13 +76,14 @@ class SequenceGroup:
         self.lead = first
         self.trunk: Sequence | None = None
         self.width = params.num_sequences
-        self.has_branched = self.width == 1
+        self.search = BeamSearch(params, first) if params.use_beam_search else None
+        self.has_branched = self.width == 1 or self.search is not None
         self.num_outputs = params.n
         self.ranks_outputs = params.ranks_outputs
         self.held: list[Sequence] = []
         self.num_logprobs = -1 if params.logprobs is None else params.logprobs
         if self.ranks_outputs:
-            self.num_logprobs = max(self.num_logprobs, 0)
+            self.num_logprobs = max(self.num_logprobs, 0) if self.search is None else self.search.num_candidates
         self.is_plain = self.num_logprobs < 0  # a token is all there is to say about a step
         self.num_cached_tokens = 0
         self.num_swapped_blocks = 0  # when it was last swapped out
@@ -81,7 +93,7 @@ class SequenceGroup:
 
     @property
     def has_draws_in_flight(self) -> bool:
-        return any(seq.num_in_flight for seq in self.sequences)
+        return any(seq.num_in_flight or seq.awaits_choice for seq in self.sequences)
 
     @property
     def table_ids(self) -> list[int]:
@@ -119,6 +131,26 @@ class SequenceGroup:
         self.trunk = None
         return [trunk, *(seq for seq in others if len(seq.token_ids) == num_common)]
 
+    def replace_beams(self, continuations: list[Continuation], new_seq_id: Callable[[], int]) -> BeamChange:
+        """Let the beams go on as chosen: the first continuation of a beam in its place, every other one in a fork of it."""
+        change = BeamChange([], [])
+        beams = self.sequences
+        places: dict[int, Sequence] = {}
+        going_on: list[Sequence] = []
+        for continuation in continuations:
+            parent = beams[continuation.beam]
+            seq = parent
+            if continuation.beam in places:
+                seq = parent.fork(new_seq_id(), parent.seed, parent.index)
+                change.forked.append((parent, seq))
+            places[continuation.beam] = parent
+            going_on.append(seq)
+        for seq, continuation in zip(going_on, continuations, strict=True):
+            seq.token_ids.append(continuation.token_id)
+        change.dropped.extend(beam for place, beam in enumerate(beams) if place not in places)
+        self.sequences = self.active = going_on
+        return change
+
     def fork_tables(self, blocks: BlockManager) -> None:
         """Give every sequence the blocks of the trunk."""
         for seq in self.sequences:
@@ -148,8 +180,11 @@ class SequenceGroup:
         """Forget what has been computed."""
         self.active = self.sequences
         self.trunk = None
+        if self.search is not None:
+            self.search.forget()
         for seq in self.sequences:
             seq.num_computed_tokens = 0
+            seq.awaits_choice = False
 
 
 def blocks_of_group(blocks: BlockManager, num_prompt_tokens: int, max_total_tokens: int, width: int) -> int:

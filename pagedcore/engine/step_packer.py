@@ -97,24 +97,29 @@ class StepPacker:
         )
         samples: list[bool] = []
         draws: list[int] = []
+        beam_rows: list[int] = []
         for row, seq in enumerate(sequences):
             total = len(seq.token_ids) + seq.num_in_flight
             draws.append(total - seq.num_prompt_tokens)
             seq.num_computed_tokens = end = ends[row]
-            if end == total:
+            if end != total:
+                samples.append(False)
+            elif seq.group.search is None:
                 samples.append(True)
                 seq.num_in_flight += 1
                 seq.last_row = row
             else:
                 samples.append(False)
+                seq.awaits_choice = True
+                beam_rows.append(row)
         if swaps is not None:
             for count, pairs in ((_NUM_SWAP_OUTS, swaps.outs), (_NUM_SWAP_INS, swaps.ins)):
                 buffer[count] = len(pairs)
                 buffer[used : used + pairs.size] = pairs.reshape(-1)
                 used += pairs.size
         used = self._fill_sampling(buffer, layout, used, sequences, draws)
-        swapped = () if swaps is None else tuple(swaps.groups)
-        plan = StepPlan(self.num_steps, sequences, computed, query_lens, samples, buffer, used, swapped)
+        swapped = [] if swaps is None else swaps.groups
+        plan = StepPlan(self.num_steps, sequences, computed, query_lens, samples, buffer, used, beam_rows, swapped)
         self.num_steps += 1
         return plan
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -129,7 +129,7 @@ class StepPlan:
 
     Rows that compute one token come first. A row with n = 0 draws from the last token of the row before it: sequences that
     are equal up to there are computed once. `samples[i]` says whether the row ends at its sequence's last token, so that
-    the token drawn there counts. `swapped` are the groups whose blocks move between device and host first. `buffer` is the packed form (`used` elements of it), valid until the step after the next one
+    the token drawn there counts; beams draw none, `beam_rows` are those that end at a beam's last token. `swapped` are the groups whose blocks move between device and host first. `buffer` is the packed form (`used` elements of it), valid until the step after the next one
     is planned; the executor reads nothing else.
     """
 
@@ -140,7 +140,8 @@ class StepPlan:
     samples: list[bool]
     buffer: Int32Array
     used: int
-    swapped: tuple[SequenceGroup, ...] = ()
+    beam_rows: list[int] = field(default_factory=list)
+    swapped: list[SequenceGroup] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,13 @@ class BatchInputs:
         begin = self.layout.copies
         return self.buffer[begin : begin + 2 * self.header.num_copies].view(-1, 2)
 
+    def swaps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[num_swap_outs, 2] and [num_swap_ins, 2] int32: source block, destination block."""
+        begin = self.layout.copies + 2 * self.header.num_copies
+        middle = begin + 2 * self.header.num_swap_outs
+        end = middle + 2 * self.header.num_swap_ins
+        return self.buffer[begin:middle].view(-1, 2), self.buffer[middle:end].view(-1, 2)
+
 
 class InputBuffers:
     """The memory where the model finds each step's inputs: at the same addresses for every step of equal shape.

@@ -23,16 +23,27 @@ class KVCache:
     """Keys and values of every layer, in blocks of `block_size` tokens.
 
     One tensor [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]; K is [:, 0], V is [:, 1]. It holds
-    whatever the memory held: slots no token was written to are never read.
+    whatever the memory held: slots no token was written to are never read. `host` is another one, of `num_host_blocks`
+    blocks, for preempted sequences.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, placement: Placement) -> None:
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, placement: Placement, num_host_blocks: int = 0
+    ) -> None:
         num_kv_heads = placement.share(config.num_kv_heads, "num_key_value_heads")
         shape = (config.num_layers, 2, num_blocks, num_kv_heads, block_size, config.head_dim)
         self.tensor = torch.empty(shape, dtype=placement.dtype, device=placement.device)
         if placement.device.type == "cpu":
             ops.request_huge_pages(self.tensor)  # attention jumps from block to block
         self.layers = [LayerKVCache(layer[0], layer[1]) for layer in self.tensor]
+        self.host = torch.empty((*shape[:2], num_host_blocks, *shape[3:]), dtype=placement.dtype)
+
+    def swap(self, outs: torch.Tensor, ins: torch.Tensor) -> None:
+        """Copy blocks to the host, then others back. outs, ins: [n, 2] int32, source block, destination block."""
+        if len(outs):
+            ops.swap_blocks(self.tensor, self.host, outs)
+        if len(ins):
+            ops.swap_blocks(self.host, self.tensor, ins)
 
 
 def block_bytes(config: ModelConfig, block_size: int, placement: Placement) -> int:
@@ -53,6 +64,7 @@ class MemoryPlan:
     block_size: int
     workspace: int = 0  # of the kernels
     graphs: int = 0
+    swap_space: int = 0  # of the host
     other: int = 0  # a GPU's context, code and libraries, and other processes there
 
     def with_graphs(self, graphs: int) -> MemoryPlan:
@@ -70,6 +82,7 @@ class MemoryPlan:
             ("step inputs", self.inputs),
             ("workspace", self.workspace),
             ("graphs", self.graphs),
+            ("swap space", self.swap_space),
             ("context and libraries", self.other),
         )
         sizes = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts if size)
@@ -86,6 +99,7 @@ def plan_memory(
     block: int,
     max_model_len: int,
     free_bytes: int,
+    swap_space: int = 0,
 ) -> MemoryPlan:
     """Decide how many blocks of `block` bytes the KV cache gets of a host that had `free_bytes` before loading.
 
@@ -96,11 +110,16 @@ def plan_memory(
     Raises:
         ConfigError: more is asked for than is free, or there is not room for a single sequence of max_model_len tokens.
     """
-    room = max(free_bytes - weights - activations - inputs, 0)
+    room = free_bytes - weights - activations - inputs
+    if swap_space > max(room, 0):
+        raise ConfigError(
+            f"swap_space asks for {swap_space / 2**30:,.1f} GiB; beside the model, {max(room, 0) / 2**30:,.1f} GiB are free"
+        )
+    room = max(room - swap_space, 0)
     blocks_per_sequence = -(-max_model_len // config.block_size)
     share = min(int(room * config.gpu_memory_utilization), max(CPU_KV_CACHE_BYTES, blocks_per_sequence * block))
     num_blocks = _num_blocks(config, block, max_model_len, room, share)
-    return MemoryPlan(weights, activations, inputs, block, num_blocks, config.block_size)
+    return MemoryPlan(weights, activations, inputs, block, num_blocks, config.block_size, swap_space=swap_space)
 
 
 def plan_gpu_memory(

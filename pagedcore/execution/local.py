@@ -25,6 +25,8 @@ from pagedcore.layers.linear import Placement
 from pagedcore.models.config import ModelConfig
 from pagedcore.models.loader import load_model
 
+# Operations that a processor computes of a prompt in the time in which it copies a byte: about 0.8e12 / 8e9 a second.
+OPERATIONS_PER_SWAPPED_BYTE = 100
 NUM_STEP_BUFFERS = 3  # one read by the running step, one launched behind it, one being filled
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,24 +97,28 @@ class LocalExecutor:
             model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
             activations = ActivationBuffers(model_config, max_num_batched_tokens, max_rows, placement)
             self._inputs = InputBuffers(max_num_batched_tokens, max_rows, table_width, placement.device)
-            self._step_buffers = [
-                np.zeros(step_buffer_size(max_rows, max_num_batched_tokens, table_width, max_model_len), dtype=np.int32)
-                for _ in range(NUM_STEP_BUFFERS)
-            ]
+            block = block_bytes(model_config, block_size, placement)
+            num_host_blocks = int((config.swap_space or 0.0) * 2**30 / block)
+            buffer_size = step_buffer_size(
+                max_rows, max_num_batched_tokens, table_width, max_model_len, num_host_blocks
+            )
+            self._step_buffers = [np.zeros(buffer_size, dtype=np.int32) for _ in range(NUM_STEP_BUFFERS)]
             self.memory = plan_memory(
                 config,
                 weights=model.num_bytes,
                 activations=activations.num_bytes,
                 inputs=self._inputs.num_bytes + sum(buffer.nbytes for buffer in self._step_buffers),
-                block=block_bytes(model_config, block_size, placement),
+                swap_space=num_host_blocks * block,
+                block=block,
                 max_model_len=max_model_len,
                 free_bytes=free_bytes,
             )
             num_blocks = self.memory.num_blocks
-            kv_cache = KVCache(model_config, num_blocks, block_size, placement)
+            kv_cache = KVCache(model_config, num_blocks, block_size, placement, num_host_blocks)
         _logger.info("%s", self.memory)
-        # The cache is host memory already: there is nowhere to swap to.
-        self.kv_cache_shape = KVCacheShape(num_blocks, 0, block_size)
+        num_weights = model.num_bytes / placement.dtype.itemsize
+        swap_cost = 2 * block * OPERATIONS_PER_SWAPPED_BYTE / (2 * num_weights)  # a token takes 2 operations a weight
+        self.kv_cache_shape = KVCacheShape(num_blocks, num_host_blocks, block_size, swap_cost)
         self._runner = ModelRunner(model, kv_cache, activations, config.enforce_eager)
         self._sampler = Sampler()
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.int32, device=placement.device)
@@ -174,7 +180,14 @@ class LocalExecutor:
         return sampled.to_result()
 
 
-def step_buffer_size(max_rows: int, max_tokens: int, table_width: int, max_model_len: int) -> int:
+def step_buffer_size(
+    max_rows: int, max_tokens: int, table_width: int, max_model_len: int, num_host_blocks: int = 0
+) -> int:
     """int32 elements of the largest step."""
     copies = 2 * max_rows  # a step writes into one shared block of a row at most
-    return StepLayout(max_tokens, max_rows, table_width).copies + 2 * copies + max_extras(max_rows, max_model_len)
+    swaps = 2 * num_host_blocks  # all out and all in
+    return (
+        StepLayout(max_tokens, max_rows, table_width).copies
+        + 2 * (copies + swaps)
+        + max_extras(max_rows, max_model_len)
+    )

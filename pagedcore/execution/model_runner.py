@@ -32,6 +32,8 @@ class ModelRunner:
         the GIL is released for most of the step.
         """
         num_tokens, num_rows = batch.header.num_tokens, batch.header.num_rows
+        if batch.header.num_swap_outs or batch.header.num_swap_ins:
+            self._kv_cache.swap(*batch.swaps())
         if batch.header.num_copies:
             # Before anything is written: the copies are of blocks as the step before left them.
             ops.copy_blocks(self._kv_cache.tensor, batch.copies())

@@ -134,7 +134,7 @@ def test_a_swapped_out_sequence_has_no_blocks_to_work_on(manager: BlockManager) 
     manager.swap_out([1])
     calls: list[Callable[[], object]] = [
         lambda: manager.grow(1, 5, 4),
-        lambda: manager.fork(1, 2),
+        lambda: manager.holding([1]),
         lambda: manager.commit(1, tokens_of(1), 4),
         lambda: manager.match_prefix(1, tokens_of(1), 4, ""),
         lambda: manager.swap_out([1]),
@@ -143,7 +143,20 @@ def test_a_swapped_out_sequence_has_no_blocks_to_work_on(manager: BlockManager) 
     for call in calls:
         with pytest.raises(ValueError, match="sequence 1 is swapped out"):
             call()
-    assert manager.has(1) and not manager.has(2)
+    assert manager.has(1)
+
+
+def test_a_swapped_out_sequence_forks_on_the_host(manager: BlockManager) -> None:
+    start(manager, 1, tokens_of(1))
+    manager.swap_out([1])
+    free = manager.num_free_host_blocks
+    manager.fork(1, 2)
+    assert manager.num_free_host_blocks == free
+    manager.check_integrity()
+    manager.release(1)
+    assert manager.num_free_host_blocks == free
+    assert manager.swap_in([2]) is not None
+    assert (len(manager.block_table(2)), manager.num_free_host_blocks) == (4 - free, 4)
 
 
 @pytest.mark.parametrize(
