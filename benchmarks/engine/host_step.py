@@ -9,7 +9,9 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +28,19 @@ from pagedcore.engine.step_plan import StepPlan, StepResult
 
 BUDGET_US = 500.0
 BLOCK_SIZE, MAX_MODEL_LEN, STEPS = 16, 4096, 400
+NUM_LOGPROBS = 5
 
 
-def prepare(num_sequences: int) -> Scheduler:
+# What a row of a step costs more that uses an option; each alone, in every row.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "repetition_penalty": {"repetition_penalty": 1.1},
+    "presence_penalty": {"presence_penalty": 0.5},
+    "min_tokens": {"min_tokens": MAX_MODEL_LEN, "stop_token_ids": [0]},
+    "logprobs = 5": {"logprobs": NUM_LOGPROBS},
+}
+
+
+def prepare(num_sequences: int, options: Mapping[str, Any]) -> Scheduler:
     """A scheduler whose sequences have all been prefilled: 100 to 1024 prompt tokens each."""
     rng = np.random.default_rng(0)
     blocks = BlockManager(num_sequences * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
@@ -37,8 +49,10 @@ def prepare(num_sequences: int) -> Scheduler:
     sequences: list[Sequence] = []
     for number in range(num_sequences):
         prompt = rng.integers(0, 50_000, int(rng.integers(100, 1025))).tolist()
-        params = SamplingParams(temperature=0.6, seed=number, max_tokens=None, ignore_eos=True)
-        sequence = Sequence(number, Request(str(number), prompt, params), MAX_MODEL_LEN, frozenset(), number)
+        params = SamplingParams(temperature=0.6, seed=number, max_tokens=None, ignore_eos=True, **options)
+        sequence = Sequence(
+            number, Request(str(number), prompt, params), MAX_MODEL_LEN, frozenset(params.stop_token_ids), number
+        )
         sequences.append(sequence)
         scheduler.add(SequenceGroup(sequence))
     while any(sequence.num_tokens - sequence.num_computed_tokens > 1 for sequence in sequences):
@@ -49,12 +63,17 @@ def prepare(num_sequences: int) -> Scheduler:
 
 
 def drawn(plan: StepPlan) -> StepResult:
-    return StepResult(np.full(len(plan.sequences), 17, dtype=np.int32))
+    rows = len(plan.sequences)
+    token_ids = np.full(rows, 17, np.int32)
+    if plan.sequences[0].request.sampling_params.logprobs is None:
+        return StepResult(token_ids)
+    logprobs, ids = np.zeros((rows, NUM_LOGPROBS), np.float32), np.zeros((rows, NUM_LOGPROBS), np.int32)
+    return StepResult(token_ids, logprobs[:, 0].copy(), np.ones(rows, np.int32), logprobs, ids)
 
 
-def measure(num_sequences: int) -> float:
+def measure(num_sequences: int, options: Mapping[str, Any]) -> float:
     """Median microseconds of schedule + commit, one step ahead."""
-    scheduler = prepare(num_sequences)
+    scheduler = prepare(num_sequences, options)
     before = scheduler.schedule()
     assert before is not None
     times = []
@@ -71,18 +90,15 @@ def measure(num_sequences: int) -> float:
     return statistics.median(times) * 1e6
 
 
+def row(name: str, num_sequences: int, options: Mapping[str, Any]) -> report.Row:
+    """The result of one case; the budget is in proportion to the sequences."""
+    budget = BUDGET_US * num_sequences / 256
+    return report.row(name, measure(num_sequences, options), "us", "budget", budget, higher_is_better=False)
+
+
 def main() -> None:
-    rows = [
-        report.row(
-            f"schedule + fill + commit, {num} sequences",
-            measure(num),
-            "us",
-            "budget",
-            BUDGET_US * num / 256,
-            higher_is_better=False,
-        )
-        for num in (32, 256)
-    ]
+    rows = [row(f"schedule + fill + commit, {num} sequences", num, {}) for num in (32, 256)]
+    rows += [row(f"256 sequences, {name}", 256, options) for name, options in OPTIONS.items()]
     report.write("host_step", rows, "one core; 100-1024 prompt tokens a sequence, block size 16, one step ahead")
 
 

@@ -11,11 +11,11 @@ from pagedcore._core import BlockManager
 from pagedcore.engine.memory_policy import PAGED, MemoryPolicy
 from pagedcore.engine.outputs import (
     EngineStats,
+    StepLogprobs,
     TokenLogprobs,
     TokenOutput,
     final_output,
     ranked_outputs,
-    row_logprobs,
 )
 from pagedcore.engine.sequence import NEVER, FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup, blocks_of_group
@@ -307,6 +307,7 @@ class Scheduler:
         """Take over what a step drew: append, register full blocks, finish. Rows of sequences that ended meanwhile are dropped."""
         outputs: list[TokenOutput] = []
         token_ids = result.token_ids.tolist()
+        step_logprobs = StepLogprobs(result) if result.chosen_logprobs is not None else None
         block_size = self.blocks.block_size
         step_id = plan.step_id
         for row in plan.beam_rows:
@@ -340,7 +341,7 @@ class Scheduler:
             if reason is None and group.is_plain:
                 outputs.append(TokenOutput(group.request_id, seq.index, [token]))
             else:
-                outputs += self._outputs(seq, row, token, reason, result)
+                outputs += self._outputs(seq, row, token, reason, step_logprobs)
         for row in plan.beam_rows:
             if step_id >= plan.sequences[row].valid_from:
                 outputs += self._take_beam(plan.sequences[row], row, result)
@@ -375,13 +376,14 @@ class Scheduler:
         return []
 
     def _outputs(
-        self, seq: Sequence, row: int, token: int, reason: FinishReason | None, result: StepResult
+        self, seq: Sequence, row: int, token: int, reason: FinishReason | None, step_logprobs: StepLogprobs | None
     ) -> list[TokenOutput]:
         """End the sequence if there is a reason to, and say what there is to say: nothing yet, where outputs are ranked."""
         group = seq.group
         logprobs: list[TokenLogprobs] = []
         if group.num_logprobs >= 0:
-            logprobs.append(row_logprobs(result, row, group.num_logprobs))
+            assert step_logprobs is not None
+            logprobs.append(step_logprobs.of_row(row, group.num_logprobs))
             seq.cumulative_logprob += logprobs[0].logprob
         if group.ranks_outputs:
             seq.logprobs += logprobs
