@@ -1,4 +1,4 @@
-"""Text to tokens and back: tokenizer loading, incremental detokenization, stop strings and chat templates."""
+"""Text to tokens and back: tokenizer loading, incremental detokenization, stop strings."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pagedcore.chat_template import ChatTemplate
 from pagedcore.errors import ConfigError, RequestError
 
 _SPACE_MARK = "\u2581"
@@ -91,37 +88,24 @@ class Tokenizer:
         """True if decoding drops the leading space of what follows this prompt: at the start of a text, some do."""
         return self._strips_first_space and all(token_id in self._special_ids for token_id in prompt_token_ids)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Render the model's chat template, in a sandbox, to the text to encode with `add_special_tokens=False`.
+    def apply_chat_template(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> str:
+        """Render the model's chat template to the text to encode with `add_special_tokens=False`.
 
         Raises:
-            RequestError: the model has no chat template, or the template refuses the messages.
+            RequestError: the model has no chat template, or it refuses the messages; see `ChatTemplate.render`.
         """
         if self._chat_template is None:
             raise RequestError("messages cannot be used: the model's tokenizer has no chat template")
-        special = {
-            name: token_content(self._config, name) or ""
-            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        }
-        try:
-            return self._chat_template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RequestError(f"messages do not fit the model's chat template: {error}") from error
+        return self._chat_template.render(messages, add_generation_prompt)
 
     @cached_property
-    def _chat_template(self) -> jinja2.Template | None:
+    def _chat_template(self) -> ChatTemplate | None:
         if self._chat_template_source is None:
             return None
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_template_error
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        try:
-            return environment.from_string(self._chat_template_source)
-        except jinja2.TemplateSyntaxError as error:
-            raise RequestError(f"messages cannot be used: the model's chat template is broken: {error}") from error
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        return ChatTemplate(
+            self._chat_template_source, {name: token_content(self._config, name) or "" for name in names}
+        )
 
     def _to_bytes(self, token: str) -> bytes:
         if self._byte_level:
@@ -361,20 +345,6 @@ def _byte_level_alphabet() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_template_error(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 _BYTE_LEVEL_ALPHABET = _byte_level_alphabet()

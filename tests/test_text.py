@@ -293,7 +293,7 @@ def test_chat_templates_of_tokenizer_config_by_name(folders: dict[str, Path], tm
         {"name": "default", "template": "{{ bos_token }}yes"},
     ]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert load_tokenizer(folder).apply_chat_template([]) == "<s>yes"
+    assert load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "Hi"}]) == "<s>yes"
 
 
 def test_a_folder_that_cannot_be_used_is_named(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -109,6 +109,22 @@ def test_special_tokens_are_shown_on_request(server: TritonServer, judge: Judge)
     assert text_of(ask(server, including, text_input=prompt)) == expected.text.partition("<|im_end|>")[0] + "<|im_end|>"
 
 
+def test_messages_are_rendered_by_the_models_own_template(server: TritonServer, judge: Judge) -> None:
+    """As transformers renders them, and without more special tokens; the prompt is echoed on request only."""
+    messages = [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "Say only the word yes."}]
+    rendered = judge.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt_ids = judge.tokenizer(rendered, add_special_tokens=False).input_ids
+    expected = judge.continuation(prompt_ids, 2)
+    inputs = {"messages": json.dumps(messages), "return_num_input_tokens": True}
+    inputs["sampling_parameters"] = json.dumps(GREEDY | {"max_tokens": 2})
+    (answer,) = responses_of(server.grpc_url, inputs)
+    assert answer.values == {"text_output": [expected.text], "num_input_tokens": [len(prompt_ids)]}
+    (echoed,) = responses_of(server.grpc_url, inputs | {"exclude_input_in_output": False})
+    assert echoed.values["text_output"] == [rendered + expected.text]
+    body = {"messages": json.dumps(messages), "stream": True, "max_tokens": 2, "temperature": 0}
+    assert generate(server.http_url, body, stream=True).text == expected.text
+
+
 def test_without_detokenization_there_are_token_ids_only(server: TritonServer, plain: Continuation) -> None:
     sampling = {"detokenize": False, "logprobs": 0}
     responses = ask(server, sampling, return_token_ids=True, return_logprobs=True, return_finish_reason=True)
