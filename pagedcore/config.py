@@ -27,7 +27,7 @@ class EngineConfig:
 
     `None` means: chosen when the engine is built, from the model, the device and its memory.
     `preemption_mode`: what happens to the K/V of a preempted request: "recompute", "swap" to `swap_space` GiB of host memory
-    (None: 0 on a CPU, whose KV cache is host memory already), or "auto", by estimated cost.
+    (None: 4 beside a GPU, 0 on a CPU, whose KV cache is host memory already), or "auto", by estimated cost.
     `kv_cache_memory_bytes`: bytes. `gpu_memory_utilization`: share of the device's memory, for
     weights, KV cache and workspace together; on a CPU, share of the memory that is free after loading, at most
     `max_num_seqs` sequences of `max_model_len` tokens and 4 GiB, unless `kv_cache_memory_bytes` says otherwise.

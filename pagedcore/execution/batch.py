@@ -44,17 +44,19 @@ class BatchInputs:
             max_query_len=self.header.max_query_len,
         )
 
-    def copies(self) -> torch.Tensor:
-        """[num_copies, 2] int32: source block, destination block."""
-        begin = self.layout.copies
-        return self.buffer[begin : begin + 2 * self.header.num_copies].view(-1, 2)
 
-    def swaps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[num_swap_outs, 2] and [num_swap_ins, 2] int32: source block, destination block."""
-        begin = self.layout.copies + 2 * self.header.num_copies
-        middle = begin + 2 * self.header.num_swap_outs
-        end = middle + 2 * self.header.num_swap_ins
-        return self.buffer[begin:middle].view(-1, 2), self.buffer[middle:end].view(-1, 2)
+def block_copies(buffer: torch.Tensor, header: Header) -> torch.Tensor:
+    """[num_copies, 2] int32 in a step's packed buffer: source block, destination block."""
+    begin = StepLayout(header.num_tokens, header.num_rows, header.table_width).copies
+    return buffer[begin : begin + 2 * header.num_copies].view(-1, 2)
+
+
+def block_swaps(buffer: torch.Tensor, header: Header) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_swap_outs, 2] and [num_swap_ins, 2] int32 in a step's packed buffer: source block, destination block."""
+    begin = StepLayout(header.num_tokens, header.num_rows, header.table_width).copies + 2 * header.num_copies
+    middle = begin + 2 * header.num_swap_outs
+    end = middle + 2 * header.num_swap_ins
+    return buffer[begin:middle].view(-1, 2), buffer[middle:end].view(-1, 2)
 
 
 class InputBuffers:

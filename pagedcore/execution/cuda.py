@@ -14,7 +14,7 @@ from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan, StepResult
 from pagedcore.errors import ConfigError, EngineDeadError
 from pagedcore.execution.cuda_step import CudaInputs, CudaStep
-from pagedcore.execution.kv_cache import KVCache, MemoryPlan, block_bytes, plan_gpu_memory
+from pagedcore.execution.kv_cache import KVCache, MemoryPlan, block_bytes, plan_gpu_memory, swap_cost_tokens
 from pagedcore.execution.local import NUM_STEP_BUFFERS, step_buffer_size
 from pagedcore.execution.sampler import SampledTokens, Sampler
 from pagedcore.layers.activations import ActivationBuffers
@@ -24,6 +24,9 @@ from pagedcore.models.loader import load_model
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MIN_BLOCK_SIZE = 16
+DEFAULT_SWAP_SPACE = 4.0  # GiB
+# Operations that a GPU computes of a prompt in the time in which it moves a byte over PCIe: about 6e14 / 2.5e10 a second.
+OPERATIONS_PER_SWAPPED_BYTE = 24_000
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _logger = logging.getLogger(__name__)
@@ -118,7 +121,10 @@ class CudaExecutor:
         table_width = -(-max_model_len // block_size)
         model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
         activations = ActivationBuffers(model_config, max_tokens, max_rows, placement)
-        size = step_buffer_size(max_rows, max_tokens, table_width, max_model_len)
+        block = block_bytes(model_config, block_size, placement)
+        swap_space = DEFAULT_SWAP_SPACE if config.swap_space is None else config.swap_space
+        num_host_blocks = int(swap_space * 2**30 / block)
+        size = step_buffer_size(max_rows, max_tokens, table_width, max_model_len, num_host_blocks)
         inputs = CudaInputs(size, max_tokens, max_rows, table_width, self._device)
         workspace_bytes = ops.paged_attention_workspace_bytes(
             self._device, model_config.num_heads, model_config.num_kv_heads, model_config.head_dim
@@ -139,13 +145,16 @@ class CudaExecutor:
             activations=activations.num_bytes,
             inputs=inputs.num_bytes,
             workspace=workspace_bytes,
-            block=block_bytes(model_config, block_size, placement),
+            swap_space=num_host_blocks * block,
+            block=block,
             max_model_len=max_model_len,
             used_bytes=total_bytes - free_bytes,
             total_bytes=total_bytes,
         )
-        kv_cache = KVCache(model_config, plan.num_blocks, block_size, placement)
-        self.kv_cache_shape = KVCacheShape(plan.num_blocks, 0, block_size)
+        kv_cache = KVCache(model_config, plan.num_blocks, block_size, placement, num_host_blocks)
+        num_weights = model.num_bytes / placement.dtype.itemsize
+        swap_cost = swap_cost_tokens(block, num_weights, OPERATIONS_PER_SWAPPED_BYTE)
+        self.kv_cache_shape = KVCacheShape(plan.num_blocks, num_host_blocks, block_size, swap_cost)
         self._step = CudaStep(model, kv_cache, activations, inputs, workspace)
         before, _ = torch.cuda.mem_get_info(self._device)
         pool = torch.cuda.graph_pool_handle()

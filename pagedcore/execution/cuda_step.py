@@ -45,11 +45,6 @@ class CudaInputs:
             self.packed, self.last_token_ids, self.token_ids, self.block_tables, self.sampling, num_tokens, num_rows
         )
 
-    def copies(self, header: Header) -> torch.Tensor:
-        """[num_copies, 2] int32: source block, destination block."""
-        begin = StepLayout(header.num_tokens, header.num_rows, header.table_width).copies
-        return self.packed[begin : begin + 2 * header.num_copies].view(-1, 2)
-
     def attention(
         self, num_tokens: int, num_rows: int, max_query_len: int, workspace: torch.Tensor
     ) -> tuple[AttentionInputs, torch.Tensor]:
@@ -92,9 +87,7 @@ class CudaStep:
 
     def run(self, header: Header) -> None:
         """Compute the uploaded step: logits of each row's last token, and `inputs.last_token_ids`."""
-        if header.num_copies:
-            # Before anything is written: the copies are of blocks as the step before left them.
-            ops.copy_blocks(self._kv_cache.tensor, self.inputs.copies(header))
+        self._kv_cache.prepare(self.inputs.packed, header)
         is_decode = header.max_query_len == 1 and header.num_tokens == header.num_rows
         graph = self._graphs.get(header.num_rows) if is_decode else None
         if graph is not None:

@@ -10,7 +10,9 @@ import torch
 
 from pagedcore import ops
 from pagedcore.config import EngineConfig
+from pagedcore.engine.step_plan import Header
 from pagedcore.errors import ConfigError
+from pagedcore.execution.batch import block_copies, block_swaps
 from pagedcore.layers.attention import LayerKVCache
 from pagedcore.layers.linear import Placement
 from pagedcore.models.config import ModelConfig
@@ -36,14 +38,29 @@ class KVCache:
         if placement.device.type == "cpu":
             ops.request_huge_pages(self.tensor)  # attention jumps from block to block
         self.layers = [LayerKVCache(layer[0], layer[1]) for layer in self.tensor]
-        self.host = torch.empty((*shape[:2], num_host_blocks, *shape[3:]), dtype=placement.dtype)
+        host_shape = (*shape[:2], num_host_blocks, *shape[3:])
+        self.host = torch.empty(host_shape, dtype=placement.dtype, pin_memory=placement.device.type == "cuda")
 
-    def swap(self, outs: torch.Tensor, ins: torch.Tensor) -> None:
-        """Copy blocks to the host, then others back. outs, ins: [n, 2] int32, source block, destination block."""
+    def prepare(self, buffer: torch.Tensor, header: Header) -> None:
+        """Carry out what a step's packed buffer says of blocks before anything is written: swaps out, swaps in, copies.
+
+        buffer: int32, on the cache's device.
+        """
+        outs, ins = block_swaps(buffer, header)
         if len(outs):
             ops.swap_blocks(self.tensor, self.host, outs)
         if len(ins):
             ops.swap_blocks(self.host, self.tensor, ins)
+        if header.num_copies:
+            ops.copy_blocks(self.tensor, block_copies(buffer, header))
+
+
+def swap_cost_tokens(block: int, num_weights: float, operations_per_byte: float) -> float:
+    """How many tokens a device computes in the time in which a block of `block` bytes goes to the host and comes back.
+
+    A token takes two operations a weight; `operations_per_byte`: what the device computes while it moves a byte.
+    """
+    return 2 * block * operations_per_byte / (2 * num_weights)
 
 
 def block_bytes(config: ModelConfig, block_size: int, placement: Placement) -> int:
@@ -64,7 +81,7 @@ class MemoryPlan:
     block_size: int
     workspace: int = 0  # of the kernels
     graphs: int = 0
-    swap_space: int = 0  # of the host
+    swap_space: int = 0  # in the host's memory
     other: int = 0  # a GPU's context, code and libraries, and other processes there
 
     def with_graphs(self, graphs: int) -> MemoryPlan:
@@ -129,6 +146,7 @@ def plan_gpu_memory(
     activations: int,
     inputs: int,
     workspace: int,
+    swap_space: int,
     block: int,
     max_model_len: int,
     used_bytes: int,
@@ -151,7 +169,15 @@ def plan_gpu_memory(
     num_blocks = _num_blocks(config, block, max_model_len, room, share)
     other = used_bytes - weights - activations - inputs - workspace
     return MemoryPlan(
-        weights, activations, inputs, block, num_blocks, config.block_size, workspace=workspace, other=other
+        weights,
+        activations,
+        inputs,
+        block,
+        num_blocks,
+        config.block_size,
+        workspace=workspace,
+        swap_space=swap_space,
+        other=other,
     )
 
 

@@ -17,7 +17,7 @@ from pagedcore.engine.sampling_extras import max_extras
 from pagedcore.engine.step_plan import Int32Array, StepLayout, StepPlan, StepResult
 from pagedcore.errors import ConfigError
 from pagedcore.execution.batch import InputBuffers
-from pagedcore.execution.kv_cache import KVCache, block_bytes, free_host_memory, plan_memory
+from pagedcore.execution.kv_cache import KVCache, block_bytes, free_host_memory, plan_memory, swap_cost_tokens
 from pagedcore.execution.model_runner import ModelRunner
 from pagedcore.execution.sampler import Sampler
 from pagedcore.layers.activations import ActivationBuffers
@@ -117,7 +117,7 @@ class LocalExecutor:
             kv_cache = KVCache(model_config, num_blocks, block_size, placement, num_host_blocks)
         _logger.info("%s", self.memory)
         num_weights = model.num_bytes / placement.dtype.itemsize
-        swap_cost = 2 * block * OPERATIONS_PER_SWAPPED_BYTE / (2 * num_weights)  # a token takes 2 operations a weight
+        swap_cost = swap_cost_tokens(block, num_weights, OPERATIONS_PER_SWAPPED_BYTE)
         self.kv_cache_shape = KVCacheShape(num_blocks, num_host_blocks, block_size, swap_cost)
         self._runner = ModelRunner(model, kv_cache, activations, config.enforce_eager)
         self._sampler = Sampler()

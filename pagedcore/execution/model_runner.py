@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from pagedcore import ops
 from pagedcore.execution.batch import BatchInputs
 from pagedcore.execution.cpu_graphs import CpuGraphs
 from pagedcore.execution.kv_cache import KVCache
@@ -32,11 +31,7 @@ class ModelRunner:
         the GIL is released for most of the step.
         """
         num_tokens, num_rows = batch.header.num_tokens, batch.header.num_rows
-        if batch.header.num_swap_outs or batch.header.num_swap_ins:
-            self._kv_cache.swap(*batch.swaps())
-        if batch.header.num_copies:
-            # Before anything is written: the copies are of blocks as the step before left them.
-            ops.copy_blocks(self._kv_cache.tensor, batch.copies())
+        self._kv_cache.prepare(batch.buffer, batch.header)
         self._model.embed(batch.token_ids, batch.positions, self._buffers)
         on_start()
         self._graphs.run(

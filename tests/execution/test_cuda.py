@@ -44,7 +44,14 @@ def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 
 def _plan(**arguments: Any) -> MemoryPlan:
     config = EngineConfig(model="x", **arguments)
-    parts = {"weights": 50_000, "activations": 5_000, "inputs": 1_000, "workspace": 4_000, "block": 1_000}
+    parts = {
+        "weights": 50_000,
+        "activations": 5_000,
+        "inputs": 1_000,
+        "workspace": 4_000,
+        "swap_space": 0,
+        "block": 1_000,
+    }
     return plan_gpu_memory(config, **parts, max_model_len=64, used_bytes=100_000, total_bytes=GRAPH_BYTES + 1_000_000)
 
 
@@ -129,7 +136,9 @@ def test_tokens_do_not_depend_on_pool_or_one_step_ahead(tmp_path: Path) -> None:
         for i in range(24)
     ]
     results = []
-    for extra in ({}, {"async_scheduling": False}, {"num_gpu_blocks_override": 40}, {"max_num_batched_tokens": 32}):
+    small_pool = {"num_gpu_blocks_override": 40}
+    swapping = small_pool | {"preemption_mode": "swap", "swap_space": 0.01}
+    for extra in ({}, {"async_scheduling": False}, small_pool, swapping, {"max_num_batched_tokens": 32}):
         llm = LLM(
             str(tmp_path),
             device="cuda",
