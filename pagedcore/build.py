@@ -18,7 +18,7 @@ from pagedcore.engine.engine_thread import EngineThread
 from pagedcore.engine.memory_policy import MemoryPolicy
 from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
 from pagedcore.engine.swap_space import PreemptionMode
-from pagedcore.errors import ConfigError
+from pagedcore.errors import ConfigError, RequestError
 from pagedcore.execution.cuda import CudaExecutor, has_cuda_device
 from pagedcore.execution.local import LocalExecutor
 from pagedcore.models.config import ModelConfig
@@ -74,6 +74,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine[Engine]:
     try:
         tokenizer = None if config.skip_tokenizer_init else load_tokenizer(Path(config.tokenizer or folder))
         engine = _build(config, model, executor, max_model_len)
+        _pin_prefixes(config, engine, tokenizer)
     except Exception:
         executor.shutdown()
         raise
@@ -121,6 +122,25 @@ def _build(
         max_model_len, model.vocab_size, min(config.max_logprobs, model.vocab_size), frozenset(model.eos_token_ids)
     )
     return Engine(scheduler, executor, limits, seed=config.seed, one_step_ahead=config.async_scheduling)
+
+
+def _pin_prefixes(config: EngineConfig, engine: Engine, tokenizer: Tokenizer | None) -> None:
+    if config.pinned_prefixes and config.kv_policy != "paged":
+        raise ConfigError(f"pinned_prefixes must be empty with kv_policy {config.kv_policy!r}, which shares no blocks")
+    for number, prefix in enumerate(config.pinned_prefixes):
+        if not isinstance(prefix, str):
+            token_ids = list(prefix)
+        elif tokenizer is not None:
+            token_ids = tokenizer.encode(prefix)
+        else:
+            raise ConfigError(f"pinned_prefixes[{number}] must be token ids with skip_tokenizer_init, got a text")
+        try:
+            engine.pin_prefix(token_ids)
+        except RequestError as error:
+            raise ConfigError(f"pinned_prefixes[{number}]: {error}") from error
+    stats = engine.stats()
+    if config.pinned_prefixes:
+        logger.info("pinned prefixes hold %d of %d blocks", stats.num_pinned_blocks, stats.num_blocks)
 
 
 def _device(asked: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class EngineConfig:
     `None` means: chosen when the engine is built, from the model, the device and its memory.
     `preemption_mode`: what happens to the K/V of a preempted request: "recompute", "swap" to `swap_space` GiB of host memory
     (None: 4 beside a GPU, 0 on a CPU, whose KV cache is host memory already), or "auto", by estimated cost.
+    `pinned_prefixes`: texts or lists of token ids, computed at the start and kept in the KV cache; requests that begin with
+    one (token for token, and without a cache salt) share it.
     `kv_cache_memory_bytes`: bytes. `gpu_memory_utilization`: share of the device's memory, for
     weights, KV cache and workspace together; on a CPU, share of the memory that is free after loading, at most
     `max_num_seqs` sequences of `max_model_len` tokens and 4 GiB, unless `kv_cache_memory_bytes` says otherwise.
@@ -56,6 +58,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     swap_space: float | None = None
     preemption_mode: str = "auto"
+    pinned_prefixes: Sequence[str | Sequence[int]] = ()
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -86,6 +89,7 @@ class EngineConfig:
         self._check_integer("pipeline_parallel_size", 1)
         self._check_number("gpu_memory_utilization", 0.01, 1.0)
         self._check_choice("preemption_mode", PREEMPTION_MODES)
+        self._check_pinned_prefixes()
         if self.swap_space is not None:
             self._check_number("swap_space", 0.0, 1e6)
         for field in dataclasses.fields(self):
@@ -119,6 +123,15 @@ class EngineConfig:
         if "model" not in arguments:
             raise ConfigError("engine argument 'model' is required: the path of a Hugging Face model folder")
         return cls(**arguments)
+
+    def _check_pinned_prefixes(self) -> None:
+        given = self.pinned_prefixes
+        if not isinstance(given, (list, tuple)):
+            raise ConfigError(f"pinned_prefixes must be a list of texts or lists of token ids, got {given!r}")
+        for number, prefix in enumerate(given):
+            is_ids = isinstance(prefix, (list, tuple)) and all(type(token) is int and token >= 0 for token in prefix)
+            if not (isinstance(prefix, str) or is_ids) or not prefix:
+                raise ConfigError(f"pinned_prefixes[{number}] must be a text or a list of token ids, got {prefix!r}")
 
     def _check_choice(self, name: str, allowed: tuple[Any, ...]) -> None:
         value = getattr(self, name)

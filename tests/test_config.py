@@ -88,6 +88,13 @@ def test_vllms_other_arguments_are_taken_where_they_change_nothing(caplog: pytes
         ),
         ({"model": "x", "gpu_memory_utilization": float("nan")}, "gpu_memory_utilization must be a number"),
         ({"model": "x", "swap_space": "4"}, "swap_space must be a number"),
+        ({"model": "x", "preemption_mode": "drop"}, "preemption_mode must be one of auto, recompute, swap, got 'drop'"),
+        ({"model": "x", "pinned_prefixes": "text"}, "pinned_prefixes must be a list of texts or lists of token ids"),
+        (
+            {"model": "x", "pinned_prefixes": ["a", [1, -2]]},
+            r"pinned_prefixes\[1\] must be a text or a list of token ids",
+        ),
+        ({"model": "x", "pinned_prefixes": [""]}, r"pinned_prefixes\[0\] must be a text .*, got ''"),
         ({"model": "x", "enforce_eager": "yes"}, "enforce_eager must be true or false, got 'yes'"),
         ({"model": "x", "trust_remote_code": True}, "trust_remote_code must be false"),
         ({"model": "x", "tensor_parallel_size": 2}, "tensor_parallel_size must be 1"),

@@ -116,6 +116,35 @@ def test_shared_prefixes_are_computed_once(llm: LLM) -> None:
     assert llm.generate(prompt, params, use_tqdm=False)[0].num_cached_tokens >= 64
 
 
+def test_pinned_prefixes_and_swap_space_of_a_configuration() -> None:
+    def load(**arguments: object) -> LLM:
+        shape: dict[str, object] = {"max_model_len": 128, "num_gpu_blocks_override": 16, "max_num_seqs": 8}
+        return LLM(model=str(ensure_default_model()), **(shape | arguments))
+
+    system = "You are a helpful assistant who answers in one word."
+    llm = load(pinned_prefixes=[system])
+    num_tokens = len(llm.get_tokenizer().encode(system))
+    assert num_tokens % 16 != 0 and llm.stats().num_pinned_blocks == num_tokens // 16 + 1
+    output = llm.generate(system + " What is red?", SamplingParams(max_tokens=2), use_tqdm=False)[0]
+    assert output.num_cached_tokens == num_tokens
+    llm.shutdown()
+    for arguments, message in (
+        (
+            {"pinned_prefixes": ["fine", [5] * 127], "num_gpu_blocks_override": 8},
+            r"pinned_prefixes\[1\]: .* the pool has 7",
+        ),
+        ({"pinned_prefixes": ["x "], "skip_tokenizer_init": True}, r"pinned_prefixes\[0\] must be token ids"),
+        (
+            {"pinned_prefixes": ["x"], "kv_policy": "orca_max"},
+            r"pinned_prefixes must be empty with kv_policy 'orca_max'",
+        ),
+        ({"preemption_mode": "swap"}, r"preemption_mode 'swap' needs a swap_space of at least one block .* got 0 GiB"),
+        ({"swap_space": 1e6}, r"swap_space asks for 1,000,000.0 GiB; .* GiB are free"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(**arguments)
+
+
 def test_bad_prompts_and_parameters_are_refused_before_anything_runs(llm: LLM) -> None:
     good = SamplingParams(max_tokens=1)
     for prompts, params, message in (

@@ -124,6 +124,22 @@ class Engine:
         self._forget(outputs)
         return outputs
 
+    def pin_prefix(self, token_ids: list[int]) -> None:
+        """Compute a prefix and keep it in the pool for good. For a start-up: the engine has no requests yet.
+
+        Raises RequestError if it does not fit, and what the model raised if it could not be computed.
+        """
+        assert not self.has_work()
+        request = Request("pinned prefix", token_ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        self.add_request(request)
+        (sequence,) = self._groups[request.request_id].sequences
+        while (plan := self.scheduler.schedule()) is not None:
+            if sequence.num_computed_tokens == len(token_ids):
+                self.scheduler.pin(sequence)
+            for output in self._commit((plan, self._executor.launch(plan))):
+                if output.error is not None:
+                    raise output.error
+
     def has_work(self) -> bool:
         return self._launched is not None or self.scheduler.has_unfinished()
 

@@ -120,6 +120,7 @@ class EngineStats:
     num_blocks: int = 0
     num_free_blocks: int = 0
     num_cached_blocks: int = 0
+    num_pinned_blocks: int = 0
     num_host_blocks: int = 0
     num_free_host_blocks: int = 0
     prefix_cache_queries_total: int = 0  # tokens

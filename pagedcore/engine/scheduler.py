@@ -17,6 +17,7 @@ from pagedcore.engine.outputs import (
     final_output,
     ranked_outputs,
 )
+from pagedcore.engine.pinned_prefixes import PinnedPrefixes
 from pagedcore.engine.sequence import NEVER, FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup, blocks_of_group
 from pagedcore.engine.step_packer import Rows, StepPacker
@@ -72,6 +73,7 @@ class Scheduler:
         self.num_prefix_hits = 0
         self._packer = StepPacker(blocks, config.max_num_seqs, config.decode_batch_sizes, buffers)
         self._swap_space = SwapSpace(blocks, config.preemption_mode, config.swap_cost_tokens)
+        self._pinned = PinnedPrefixes(blocks)
         self._seq_ids = itertools.count()
         self._watermark_blocks = int(blocks.num_blocks * WATERMARK) if policy.is_paged else 0
         self._num_reserved_rows = 0  # the widths of the running groups
@@ -95,11 +97,13 @@ class Scheduler:
             raise RequestError(
                 f"n, best_of and beam_width must be 1 with kv_policy {self.policy.name!r}, which shares no blocks, got {width}"
             )
-        if needed > self.blocks.max_blocks_per_sequence:
+        num_blocks = self.blocks.max_blocks_per_sequence - self._pinned.num_blocks
+        if needed > num_blocks:
             more = f"up to {max_total_tokens - num_prompt_tokens} more"
             raise RequestError(
                 f"prompt of {num_prompt_tokens} tokens with {more if width == 1 else f'{width} times {more}'} needs {needed} "
-                f"KV-cache blocks of {self.blocks.block_size} tokens, but {available} {self.blocks.max_blocks_per_sequence}; "
+                f"KV-cache blocks of {self.blocks.block_size} tokens, but {available} {num_blocks}"
+                f"{f' beside {self._pinned.num_blocks} pinned ones' if self._pinned.num_blocks else ''}; "
                 f"shorten the prompt or lower max_tokens{'' if width == 1 else ' or the number of sequences'}"
             )
 
@@ -125,6 +129,10 @@ class Scheduler:
         """End one unfinished sequence of a group, with the reason STOP."""
         self._end_sequence(sequence, FinishReason.STOP)
         return self._final_outputs(sequence, [], [])
+
+    def pin(self, sequence: Sequence) -> None:
+        """Keep the blocks of a running sequence, all of which are computed by the steps planned so far, for good."""
+        self._pinned.pin(sequence, self.new_seq_id())
 
     def has_unfinished(self) -> bool:
         return bool(self.running or self.waiting or self.preempted)
@@ -224,6 +232,7 @@ class Scheduler:
             if self.config.enable_prefix_caching:
                 # The last token is always computed: its logits are what the sequence waits for.
                 cached = self.blocks.match_prefix(seq.seq_id, seq.token_ids, num_tokens - 1, seq.request.cache_salt)
+            cached = self._pinned.attach(seq, cached)
             query_len = min(num_tokens - cached, budget)
             if query_len < num_tokens - cached and not self.config.enable_chunked_prefill:
                 self.blocks.release(seq.seq_id)
@@ -393,7 +402,7 @@ class Scheduler:
         return [] if group.ranks_outputs else [TokenOutput(group.request_id, seq.index, [token], logprobs=logprobs)]
 
     def _final_outputs(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenOutput]:
-        """The last message of a sequence that has ended, with these new tokens; where outputs are ranked, all of them at the end."""
+        """The last message of a sequence that has ended, with new tokens; where outputs are ranked, all of them at the end."""
         group = seq.group
         finished = group.status is GroupStatus.FINISHED
         if not group.ranks_outputs:
@@ -494,6 +503,7 @@ class Scheduler:
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_free_blocks,
             num_cached_blocks=self.blocks.num_cached_blocks,
+            num_pinned_blocks=self._pinned.num_blocks,
             num_host_blocks=self.blocks.num_host_blocks,
             num_free_host_blocks=self.blocks.num_free_host_blocks,
             prefix_cache_queries_total=self.num_prefix_queries,

@@ -129,8 +129,9 @@ class StepPlan:
 
     Rows that compute one token come first. A row with n = 0 draws from the last token of the row before it: sequences that
     are equal up to there are computed once. `samples[i]` says whether the row ends at its sequence's last token, so that
-    the token drawn there counts; beams draw none, `beam_rows` are those that end at a beam's last token. `swapped` are the groups whose blocks move between device and host first. `buffer` is the packed form (`used` elements of it), valid until the step after the next one
-    is planned; the executor reads nothing else.
+    the token drawn there counts; beams draw none, `beam_rows` are those that end at a beam's last token. `swapped` are the
+    groups whose blocks move between device and host first. `buffer` is the packed form (`used` elements of it), valid until
+    the step after the next one is planned; the executor reads nothing else.
     """
 
     step_id: int

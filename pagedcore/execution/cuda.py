@@ -14,7 +14,15 @@ from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan, StepResult
 from pagedcore.errors import ConfigError, EngineDeadError
 from pagedcore.execution.cuda_step import CudaInputs, CudaStep
-from pagedcore.execution.kv_cache import KVCache, MemoryPlan, block_bytes, plan_gpu_memory, swap_cost_tokens
+from pagedcore.execution.kv_cache import (
+    KVCache,
+    MemoryPlan,
+    block_bytes,
+    free_host_memory,
+    plan_gpu_memory,
+    plan_swap_space,
+    swap_cost_tokens,
+)
 from pagedcore.execution.local import NUM_STEP_BUFFERS, step_buffer_size
 from pagedcore.execution.sampler import SampledTokens, Sampler
 from pagedcore.layers.activations import ActivationBuffers
@@ -122,8 +130,7 @@ class CudaExecutor:
         model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
         activations = ActivationBuffers(model_config, max_tokens, max_rows, placement)
         block = block_bytes(model_config, block_size, placement)
-        swap_space = DEFAULT_SWAP_SPACE if config.swap_space is None else config.swap_space
-        num_host_blocks = int(swap_space * 2**30 / block)
+        num_host_blocks = plan_swap_space(config, block, free_host_memory(), DEFAULT_SWAP_SPACE)
         size = step_buffer_size(max_rows, max_tokens, table_width, max_model_len, num_host_blocks)
         inputs = CudaInputs(size, max_tokens, max_rows, table_width, self._device)
         workspace_bytes = ops.paged_attention_workspace_bytes(

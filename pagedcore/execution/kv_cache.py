@@ -127,12 +127,7 @@ def plan_memory(
     Raises:
         ConfigError: more is asked for than is free, or there is not room for a single sequence of max_model_len tokens.
     """
-    room = free_bytes - weights - activations - inputs
-    if swap_space > max(room, 0):
-        raise ConfigError(
-            f"swap_space asks for {swap_space / 2**30:,.1f} GiB; beside the model, {max(room, 0) / 2**30:,.1f} GiB are free"
-        )
-    room = max(room - swap_space, 0)
+    room = max(free_bytes - weights - activations - inputs - swap_space, 0)
     blocks_per_sequence = -(-max_model_len // config.block_size)
     share = min(int(room * config.gpu_memory_utilization), max(CPU_KV_CACHE_BYTES, blocks_per_sequence * block))
     num_blocks = _num_blocks(config, block, max_model_len, room, share)
@@ -179,6 +174,17 @@ def plan_gpu_memory(
         swap_space=swap_space,
         other=other,
     )
+
+
+def plan_swap_space(config: EngineConfig, block: int, free_bytes: int, default: float = 0.0) -> int:
+    """How many blocks of `block` bytes the host's swap space gets: `default` GiB if the configuration does not say.
+
+    Raises ConfigError if it asks for more than is free.
+    """
+    wanted = int((default if config.swap_space is None else config.swap_space) * 2**30)
+    if wanted > free_bytes:
+        raise ConfigError(f"swap_space asks for {wanted / 2**30:,.1f} GiB; {free_bytes / 2**30:,.1f} GiB are free")
+    return wanted // block
 
 
 def _num_blocks(config: EngineConfig, block: int, max_model_len: int, room: int, share: int) -> int:

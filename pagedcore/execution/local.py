@@ -17,7 +17,14 @@ from pagedcore.engine.sampling_extras import max_extras
 from pagedcore.engine.step_plan import Int32Array, StepLayout, StepPlan, StepResult
 from pagedcore.errors import ConfigError
 from pagedcore.execution.batch import InputBuffers
-from pagedcore.execution.kv_cache import KVCache, block_bytes, free_host_memory, plan_memory, swap_cost_tokens
+from pagedcore.execution.kv_cache import (
+    KVCache,
+    block_bytes,
+    free_host_memory,
+    plan_memory,
+    plan_swap_space,
+    swap_cost_tokens,
+)
 from pagedcore.execution.model_runner import ModelRunner
 from pagedcore.execution.sampler import Sampler
 from pagedcore.layers.activations import ActivationBuffers
@@ -98,7 +105,7 @@ class LocalExecutor:
             activations = ActivationBuffers(model_config, max_num_batched_tokens, max_rows, placement)
             self._inputs = InputBuffers(max_num_batched_tokens, max_rows, table_width, placement.device)
             block = block_bytes(model_config, block_size, placement)
-            num_host_blocks = int((config.swap_space or 0.0) * 2**30 / block)
+            num_host_blocks = plan_swap_space(config, block, free_bytes)
             buffer_size = step_buffer_size(
                 max_rows, max_num_batched_tokens, table_width, max_model_len, num_host_blocks
             )

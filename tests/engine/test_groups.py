@@ -16,6 +16,7 @@ from pagedcore.engine.sampling_extras import pack_sampling_row
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason
+from pagedcore.engine.sequence_group import blocks_of_group
 from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.errors import NonFiniteLogitsError, RequestError
 from tests.engine.test_schedule_invariance import EOS, MAX_MODEL_LEN, VOCAB, make_engine
@@ -25,29 +26,33 @@ Outputs = dict[tuple[str, int], list[int]]
 
 
 def make_mixed_requests(seed: int, count: int, width: int = 4) -> list[Request]:
-    """Greedy and seeded, one sequence and several, all output or the best of them; some prompts begin alike."""
+    """Greedy and seeded, one sequence and several, all output or the best of them, and beams; some prompts begin alike."""
     rng = random.Random(seed)
     shared = [rng.randrange(VOCAB) for _ in range(20)]
     requests = []
     for number in range(count):
         prompt = shared[: rng.choice((0, 0, 7, 16, 20))] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 24))]
         n = rng.choice((1, 1, 2, 3, width))
-        params = SamplingParams(
-            n=n,
-            best_of=rng.choice((None, None, min(n + 1, width))),
-            temperature=rng.choice((0, 0.8)),
-            seed=number,
-            max_tokens=rng.randint(1, 24),
-            ignore_eos=rng.random() < 0.5,
-        )
-        requests.append(Request(f"r{number}", prompt, params))
+        common: dict[str, Any] = {"seed": number, "max_tokens": rng.randint(1, 24), "ignore_eos": rng.random() < 0.5}
+        kinds: list[dict[str, Any]] = [
+            {"n": n, "temperature": 0},
+            {"n": n, "temperature": 0.8},
+            {"n": n, "best_of": min(n + 1, width), "temperature": 0.8},
+            {"n": min(n, 2), "beam_width": rng.randint(2, width), "temperature": 0, "early_stopping": n == 1},
+        ]
+        requests.append(Request(f"r{number}", prompt, SamplingParams(**common, **rng.choice(kinds))))
     return requests
 
 
 def expected_outputs(requests: list[Request]) -> Outputs:
-    """Every sequence drawn by itself."""
+    """Every sequence drawn by itself, every beam search run by itself (tests/models/test_beam_search.py says that it is right)."""
     outputs: Outputs = {}
     for request in requests:
+        if request.sampling_params.use_beam_search:
+            alone = start(num_blocks=300, enable_prefix_caching=False, one_step_ahead=False, max_num_batched_tokens=200)
+            alone.add(request)
+            outputs |= alone.to_the_end()
+            continue
         params, prompt = request.sampling_params, request.prompt_token_ids
         assert params.seed is not None and params.max_tokens is not None
         samples = []
@@ -248,6 +253,64 @@ def test_a_prompt_is_computed_once_and_only_its_last_partial_block_is_copied(
     assert max(used) == full + 4 * (blocks.blocks_needed(num_prompt_tokens + 2) - full), "the full blocks are shared"
 
 
+def test_a_beam_copies_one_block_a_step_at_most_and_dead_beams_hold_none() -> None:
+    engine, executor, blocks = make_engine(num_blocks=128, block_size=4, enable_prefix_caching=False)
+    run = Run(engine, blocks)
+    params = SamplingParams(temperature=0, beam_width=6, max_tokens=40, ignore_eos=True)
+    run.add(Request("x", list(range(21)), params))
+    while engine.has_work():
+        run.take(engine.step())
+        blocks.check_integrity()
+        length = 21 + len(executor.num_rows)
+        assert blocks.num_blocks - blocks.num_free_blocks <= blocks.blocks_needed(21) + 6 * blocks.blocks_needed(
+            length - 20
+        )
+    assert all(copies < rows for copies, rows in zip(executor.num_copies, executor.num_rows, strict=True))
+    assert sum(executor.num_copies) > 0
+    assert sum(executor.num_tokens) == 21 + 6 * 39, "beams are forked, not computed again"
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+def test_pinned_prefixes_are_computed_once_and_never_evicted(enable_prefix_caching: bool) -> None:
+    engine, executor, blocks = make_engine(
+        num_blocks=64, num_host_blocks=40, enable_prefix_caching=enable_prefix_caching
+    )
+    prefix, other = list(range(50, 72)), list(range(50, 60)) + [3, 4]
+    engine.pin_prefix(prefix)
+    engine.pin_prefix(other)
+    pinned = engine.stats().num_pinned_blocks
+    assert pinned == (6 + 3 - 2 if enable_prefix_caching else 6 + 3), "10 tokens in common are two whole blocks"
+    assert sum(executor.num_tokens) == 22 + (12 - 8 if enable_prefix_caching else 12 - 0)
+    run = Run(engine, blocks)
+    filler = [Request(f"f{i}", [i + 1] * 30, SamplingParams(seed=i, max_tokens=30, ignore_eos=True)) for i in range(12)]
+    run.add(*filler)
+    while engine.has_work():
+        run.take(engine.step())
+    assert engine.stats().prefix_cache_evictions_total > 0 or not enable_prefix_caching
+    computed, copies = sum(executor.num_tokens), sum(executor.num_copies)
+    group = Request("group", [*prefix, 1, 2, 3], SamplingParams(n=3, seed=9, max_tokens=5, ignore_eos=True))
+    shorter = Request("shorter", [*other, 1], SamplingParams(temperature=0, seed=0, max_tokens=5, ignore_eos=True))
+    salted = Request("salted", [*other, 1], shorter.sampling_params, cache_salt="tenant")
+    run.add(group, shorter, salted)
+    while engine.has_work():
+        run.take(engine.step())
+        blocks.check_integrity()
+    assert run.outputs == expected_outputs([*filler, group, shorter, salted])
+    assert sum(executor.num_tokens) - computed == (3 + 3 * 4) + (1 + 4) + (13 + 4)
+    assert sum(executor.num_copies) - copies == 1 + 2, "the prefix's last block, and the group's"
+    assert run.messages["group"][-1].num_cached_tokens == 22
+    assert blocks.num_blocks - blocks.num_free_blocks == pinned == engine.stats().num_pinned_blocks
+
+
+def test_a_prefix_that_does_not_fit_is_refused_and_requests_are_held_to_the_rest() -> None:
+    engine, _, _ = make_engine(num_blocks=16)
+    with pytest.raises(RequestError, match=r"needs 18 KV-cache blocks of 4 tokens, but the pool has 16"):
+        engine.pin_prefix([1] * 70)
+    engine.pin_prefix([1] * 40)
+    with pytest.raises(RequestError, match=r"needs 7 KV-cache blocks of 4 tokens, but the pool has 6 beside 10 pinned"):
+        engine.add_request(Request("x", [1] * 20, SamplingParams(max_tokens=6)))
+
+
 def test_one_sequence_can_be_ended_and_the_others_go_on() -> None:
     for at in range(1, 30):
         run = start(num_blocks=20, max_num_seqs=8, num_host_blocks=100 * (at % 2))
@@ -343,8 +406,9 @@ def test_groups_that_can_never_run_are_refused_with_numbers(
 
 
 def test_a_group_that_needs_the_whole_pool_runs() -> None:
-    run = start(num_blocks=18)
-    request = Request("x", [1] * 10, SamplingParams(n=8, seed=0, max_tokens=7, ignore_eos=True))
-    others = make_mixed_requests(7, 6, width=2)
+    run = start(num_blocks=27)
+    request = Request("x", [1] * 12, SamplingParams(n=8, seed=0, max_tokens=12, ignore_eos=True))
+    assert blocks_of_group(run.blocks, 12, 24, 8) == run.blocks.num_blocks
+    others = [Request(f"other{i}", [i] * 9, SamplingParams(seed=i, n=2, max_tokens=12)) for i in range(4)]
     run.add(*others, request)
     assert run.to_the_end() == expected_outputs([*others, request])

@@ -26,6 +26,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "smallest pool": {"num_gpu_blocks_override": 8},
     "no prefix cache": {"enable_prefix_caching": False, "num_gpu_blocks_override": 256},
     "no prefix cache, small pool": {"enable_prefix_caching": False, "block_size": 4, "num_gpu_blocks_override": 48},
+    "swap, small pool": {
+        "block_size": 4,
+        "num_gpu_blocks_override": 48,
+        "swap_space": 0.1,
+        "preemption_mode": "swap",
+    },
+    "swap, smallest pool": {"num_gpu_blocks_override": 8, "swap_space": 0.1},
     "not ahead": {"async_scheduling": False, "num_gpu_blocks_override": 256},
     "not ahead, small pool": {"async_scheduling": False, "num_gpu_blocks_override": 10},
     "two at a time": {"max_num_seqs": 2, "num_gpu_blocks_override": 256},
@@ -70,7 +77,14 @@ def make_llm(folder: Path, **arguments: Any) -> LLM:
 
 
 # The real model in the dtype it is served in: prompts in chunks, decodes and recomputation must agree to the last bit.
-REAL_SCHEDULES = ["plain", "block size 64", "chunks of 23", "small pool", "no prefix cache, small pool"]
+REAL_SCHEDULES = [
+    "plain",
+    "block size 64",
+    "chunks of 23",
+    "small pool",
+    "no prefix cache, small pool",
+    "swap, small pool",
+]
 
 
 def generate(llm: LLM, chosen: list[int]) -> list[list[int]]:
@@ -119,6 +133,59 @@ def test_same_tokens_of_the_default_model_in_bfloat16(alone_real: list[list[int]
     assert (stats.preemptions_total > 0) == ("pool" in schedule)
 
 
+GROUP_SCHEDULES: dict[str, dict[str, Any]] = {
+    "plain": {"num_gpu_blocks_override": 256},
+    "chunks of 23": {"max_num_batched_tokens": 23, "num_gpu_blocks_override": 256},
+    "recompute": {"num_gpu_blocks_override": 48, "block_size": 4},
+    "recompute, no prefix cache": {"num_gpu_blocks_override": 48, "block_size": 4, "enable_prefix_caching": False},
+    "swap": {"num_gpu_blocks_override": 48, "block_size": 4, "swap_space": 0.1, "preemption_mode": "swap"},
+    "not ahead, swap": {"num_gpu_blocks_override": 14, "async_scheduling": False, "swap_space": 0.1},
+    "pinned": {"num_gpu_blocks_override": 128, "pinned_prefixes": [[(7 * i) % tiny.VOCAB_SIZE for i in range(37)]]},
+}
+
+
+def group_parameters() -> list[SamplingParams]:
+    kinds: list[dict[str, Any]] = [
+        {"n": 3, "seed": 1},
+        {"beam_width": 4, "n": 2, "temperature": 0},
+        {"n": 2, "best_of": 4, "seed": 2, "repetition_penalty": 1.2},
+        {"temperature": 0},
+        {"beam_width": 2, "temperature": 0, "length_penalty": 0.0, "early_stopping": "never"},
+        {"n": 2, "temperature": 0, "min_tokens": 9, "stop_token_ids": list(range(0, tiny.VOCAB_SIZE, 4))},
+    ]
+    return [
+        SamplingParams(max_tokens=8 + number, ignore_eos=True, detokenize=False, **kind)
+        for number, kind in zip(range(NUM_PROMPTS), itertools.cycle(kinds), strict=False)
+    ]
+
+
+def generate_groups(llm: LLM, chosen: list[int]) -> list[list[list[int]]]:
+    outputs = llm.generate([prompts()[i] for i in chosen], [group_parameters()[i] for i in chosen], use_tqdm=False)
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def groups_alone(model: Path) -> list[list[list[int]]]:
+    llm = make_llm(model, num_gpu_blocks_override=64, enable_prefix_caching=False, async_scheduling=False)
+    tokens = [generate_groups(llm, [i])[0] for i in range(NUM_PROMPTS)]
+    llm.shutdown()
+    return tokens
+
+
+@pytest.mark.parametrize("schedule", list(GROUP_SCHEDULES))
+def test_samples_and_beams_are_the_same_under_every_schedule(
+    model: Path, groups_alone: list[list[list[int]]], schedule: str
+) -> None:
+    llm = make_llm(model, **GROUP_SCHEDULES[schedule])
+    tokens = generate_groups(llm, list(range(NUM_PROMPTS)))
+    stats = llm.stats()
+    llm.shutdown()
+    assert tokens == groups_alone
+    assert (stats.preemptions_total > 0) == ("recompute" in schedule or "swap" in schedule)
+    assert (stats.swapped_in_blocks_total > 0) == ("swap" in schedule)
+    assert stats.num_free_blocks == stats.num_blocks - stats.num_pinned_blocks
+
+
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_same_tokens_under_every_schedule(model: Path, alone: list[list[int]], schedule: str) -> None:
     llm = make_llm(model, **SCHEDULES[schedule])
@@ -129,5 +196,6 @@ def test_same_tokens_under_every_schedule(model: Path, alone: list[list[int]], s
     assert first == alone
     assert again == alone
     assert (stats.preemptions_total > 0) == ("pool" in schedule)
+    assert (stats.swapped_in_blocks_total > 0) == ("swap" in schedule)
     assert (stats.prefix_cache_hits_total > 0) == ("no prefix cache" not in schedule)
     assert stats.num_free_blocks == stats.num_blocks
