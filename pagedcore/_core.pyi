@@ -13,6 +13,14 @@ import numpy.typing as npt
 
 TokenIds: TypeAlias = array[int] | memoryview | npt.NDArray[np.int32]
 
+def copy_tokens(
+    out: npt.NDArray[np.int32], token_ids: list[array[int]], starts: list[int], lengths: list[int], unknown: int
+) -> int:
+    """Write lengths[i] tokens of token_ids[i] from starts[i] on, for all i one behind the other, and return their number.
+
+    `unknown` stands for those behind the end of token_ids[i]. Raises ValueError if `out` is too small or a value is negative.
+    """
+
 class BlockManager:
     """Block tables of all sequences over one pool of blocks, with reference counts, copy-on-write, prefix cache and swapping.
 

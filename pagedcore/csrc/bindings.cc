@@ -96,6 +96,21 @@ int64_t fill_step_from_lists(BlockManager& manager, const py::handle& buffer, in
   return fill_step(manager, rows, {num_rows, num_tokens, table_width}, out.span());
 }
 
+int64_t copy_tokens_of_lists(const py::handle& buffer, const py::list& token_ids, const py::list& starts,
+                             const py::list& lengths, int32_t unknown) {
+  check_length(starts, token_ids.size(), "starts");
+  check_length(lengths, token_ids.size(), "lengths");
+  const Int32View out(buffer.ptr(), "out", PyBUF_WRITABLE);
+  std::span<int32_t> rest = out.span();
+  for (size_t i = 0; i < token_ids.size(); ++i) {
+    const Int32View tokens(PyList_GET_ITEM(token_ids.ptr(), i), "token_ids");
+    const int64_t start = to_int64(PyList_GET_ITEM(starts.ptr(), i));
+    const int64_t length = to_int64(PyList_GET_ITEM(lengths.ptr(), i));
+    rest = rest.subspan(copy_tokens(tokens.span(), start, length, unknown, rest));
+  }
+  return std::ssize(out.span()) - std::ssize(rest);
+}
+
 py::object to_pairs(const std::optional<std::vector<SwapPair>>& pairs) {
   if (!pairs) return py::none();
   py::list result(pairs->size());
@@ -113,6 +128,9 @@ PYBIND11_MODULE(_core, module) {
       PyErr_SetString(PyExc_KeyError, unknown.what());
     }
   });
+
+  module.def("copy_tokens", &copy_tokens_of_lists, py::arg("out"), py::arg("token_ids"), py::arg("starts"),
+             py::arg("lengths"), py::arg("unknown"));
 
   py::class_<BlockManager>(module, "BlockManager")
       .def(py::init([](int64_t num_blocks, int64_t block_size, int64_t num_host_blocks, bool enable_prefix_caching,

@@ -151,4 +151,16 @@ int64_t fill_step(BlockManager& manager, std::span<const StepRow> rows, const St
   return end - buffer.data();
 }
 
+int64_t copy_tokens(std::span<const int32_t> tokens, int64_t start, int64_t length, int32_t unknown,
+                    std::span<int32_t> out) {
+  if (start < 0 || length < 0 || length > std::ssize(out)) {
+    throw std::invalid_argument(std::to_string(length) + " tokens from " + std::to_string(start) +
+                                " on do not fit a buffer of " + std::to_string(out.size()) + " int32");
+  }
+  const int64_t num_known = std::clamp<int64_t>(std::ssize(tokens) - start, 0, length);
+  std::copy_n(tokens.data() + start, num_known, out.data());
+  std::fill_n(out.data() + num_known, length - num_known, unknown);
+  return length;
+}
+
 }  // namespace pagedcore

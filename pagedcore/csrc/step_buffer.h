@@ -32,4 +32,9 @@ struct StepSizes {
 int64_t fill_step(BlockManager& manager, std::span<const StepRow> rows, const StepSizes& sizes,
                   std::span<int32_t> buffer);
 
+// Copy tokens [start, start + length) to the beginning of `out`, with `unknown` for those behind the end of `tokens`.
+// Returns `length`. Throws std::invalid_argument if they do not fit.
+int64_t copy_tokens(std::span<const int32_t> tokens, int64_t start, int64_t length, int32_t unknown,
+                    std::span<int32_t> out);
+
 }  // namespace pagedcore

@@ -17,13 +17,13 @@ be unknown when its extras are packed; on the device it is this step's input tok
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 
+from pagedcore._core import copy_tokens
 from pagedcore.engine.sampling_params import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORDS,
@@ -40,7 +40,6 @@ EXTRAS_HEADER_SIZE = 8
 NUM_PENALTY_COLUMNS = 8
 _MAX_EOS_TOKEN_IDS = 64
 _SPELLINGS = 2  # of a bad word: with and without a space before it
-_IN_FLIGHT_TOKEN = np.array([IN_FLIGHT], np.int32)
 
 
 class ExtrasHeader(NamedTuple):
@@ -66,11 +65,6 @@ class PenaltyColumn(IntEnum):
     NUM_OUTPUT_TOKENS = 5
 
 
-def needs_extras(params: SamplingParams, num_output_tokens: int = 0) -> bool:
-    """Whether a row that has output this many tokens, those in flight included, needs extras to draw the next one."""
-    return params.has_penalties or params.has_token_rules or num_output_tokens < params.min_tokens
-
-
 def pack_sampling_row(params: SamplingParams, seed: int) -> Int32Array:
     """The [8] int32 sampling columns of a sequence with this 64-bit seed; the draw index is set for each step."""
     row = np.zeros(NUM_SAMPLING_COLUMNS, np.int32)
@@ -85,95 +79,128 @@ def pack_sampling_row(params: SamplingParams, seed: int) -> Int32Array:
     return row
 
 
-@dataclass
-class _Sections:
-    """The extras of the rows packed so far."""
+@dataclass(frozen=True)
+class FixedExtras:
+    """What the extras of a sequence's rows have in every step; made once, as a step has no time for it.
 
-    penalty_rows: list[tuple[int, ...]] = field(default_factory=list)
-    penalties: list[tuple[float, float, float]] = field(default_factory=list)
-    prompts: list[Int32Array] = field(default_factory=list)
-    outputs: list[Int32Array] = field(default_factory=list)
-    biases: list[Int32Array] = field(default_factory=list)  # each [d, 3]
-    allowed_rows: list[tuple[int, int]] = field(default_factory=list)
-    allowed: list[Int32Array] = field(default_factory=list)
-    bans: list[tuple[int, int, int]] = field(default_factory=list)
+    penalties: [8] int32, see `PenaltyColumn`; row and output tokens are still 0
+    biases: [d, 3] int32 and stop_bans: [c, 3] int32, as on the wire, but for the row; the bans hold until `min_tokens` are output
+    allowed: [f] int32 token ids
+    """
 
-    def add(self, row: int, sequence: Sequence, num_output_tokens: int) -> None:
-        """Add what a row needs that has output this many tokens, those in flight included."""
+    has_penalties: bool
+    num_prompt_tokens: int
+    penalties: Int32Array
+    biases: Int32Array
+    allowed: Int32Array
+    stop_bans: Int32Array
+    min_tokens: int
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> FixedExtras | None:
+        """Those of a sequence; None if none of its rows ever has extras."""
         params = sequence.request.sampling_params
-        if params.has_penalties:
-            self._add_penalties(row, sequence, num_output_tokens)
-        if params.logit_biases:
-            pairs = np.array(params.logit_biases)
-            biases = np.empty((len(pairs), 3), np.int32)
-            biases[:, 0], biases[:, 1] = row, pairs[:, 0]
-            biases[:, 2] = pairs[:, 1].astype(np.float32).view(np.int32)
-            self.biases.append(biases)
-        if params.allowed_token_ids:
-            self.allowed_rows.append((row, len(params.allowed_token_ids)))
-            self.allowed.append(np.array(params.allowed_token_ids, np.int32))
-        if num_output_tokens < params.min_tokens:
-            self.bans.extend((row, token_id, ALWAYS) for token_id in sorted(sequence.stop_token_ids))
-        if sequence.request.bad_words:
-            num_in_flight = num_output_tokens - sequence.num_output_tokens
-            bans = bad_word_bans(sequence.request.bad_words, sequence, num_in_flight)
-            self.bans.extend((row, token_id, after) for token_id, after in bans)
-
-    def _add_penalties(self, row: int, sequence: Sequence, num_output_tokens: int) -> None:
-        params = sequence.request.sampling_params
-        tokens = np.array(sequence.token_ids, np.int32)  # a copy: a view would keep the sequence from growing
+        if not (params.has_penalties or params.has_token_rules or params.min_tokens > 0):
+            return None
         num_prompt_tokens = sequence.num_prompt_tokens if params.repetition_penalty != 1.0 else 0
-        self.prompts.append(tokens[:num_prompt_tokens])
-        self.outputs.append(tokens[sequence.num_prompt_tokens :])
-        if num_output_tokens > sequence.num_output_tokens:
-            self.outputs.append(_IN_FLIGHT_TOKEN)
-        self.penalty_rows.append((row, 0, 0, 0, num_prompt_tokens, num_output_tokens, 0, 0))
-        self.penalties.append((params.repetition_penalty, params.presence_penalty, params.frequency_penalty))
-
-    def pack(self) -> Int32Array:
-        """The extras in their order on the wire."""
-        header = np.zeros(EXTRAS_HEADER_SIZE, np.int32)
-        sizes = ExtrasHeader(
-            num_penalty_rows=len(self.penalty_rows),
-            num_prompt_tokens=sum(map(len, self.prompts)),
-            num_output_tokens=sum(map(len, self.outputs)),
-            num_bans=len(self.bans),
-            num_biases=sum(map(len, self.biases)),
-            num_allowed_rows=len(self.allowed_rows),
-            num_allowed_tokens=sum(map(len, self.allowed)),
+        penalties = np.zeros(NUM_PENALTY_COLUMNS, np.int32)
+        values = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        penalties.view(np.float32)[PenaltyColumn.REPETITION : PenaltyColumn.NUM_PROMPT_TOKENS] = values
+        penalties[PenaltyColumn.NUM_PROMPT_TOKENS] = num_prompt_tokens
+        pairs = np.array(params.logit_biases).reshape(-1, 2)
+        biases = np.zeros((len(pairs), 3), np.int32)
+        biases[:, 1], biases[:, 2] = pairs[:, 0], pairs[:, 1].astype(np.float32).view(np.int32)
+        stop_bans = [(0, token_id, ALWAYS) for token_id in sorted(sequence.stop_token_ids)]
+        return cls(
+            has_penalties=params.has_penalties,
+            num_prompt_tokens=num_prompt_tokens,
+            penalties=penalties,
+            biases=biases,
+            allowed=np.array(params.allowed_token_ids or (), np.int32),
+            stop_bans=np.array(stop_bans, np.int32).reshape(-1, 3),
+            min_tokens=params.min_tokens,
         )
-        header[: len(sizes)] = sizes
-        columns = np.array(self.penalty_rows, np.int32).reshape(-1, NUM_PENALTY_COLUMNS)
-        columns[:, PenaltyColumn.REPETITION : PenaltyColumn.NUM_PROMPT_TOKENS] = (
-            np.array(self.penalties, np.float32).reshape(-1, 3).view(np.int32)
-        )
-        extras: Int32Array = np.concatenate(
-            [
-                header,
-                columns.reshape(-1),
-                *self.prompts,
-                *self.outputs,
-                *(biases.reshape(-1) for biases in self.biases),
-                np.array(self.allowed_rows, np.int32).reshape(-1),
-                *self.allowed,
-                np.array(self.bans, np.int32).reshape(-1),
-            ]
-        )
-        return extras
 
 
-def pack_extras(rows: Iterable[tuple[int, Sequence, int]]) -> Int32Array | None:
-    """Pack the extras of a step, or None where no row needs any.
+# Row of the step, its sequence, its fixed extras, tokens it has output before this step's draw, those in flight included.
+ExtrasRow = tuple[int, Sequence, FixedExtras, int]
 
-    rows: (row of the step, its sequence, tokens it has output before this step's draw, those in flight included).
+
+def pack_extras(rows: list[ExtrasRow], out: Int32Array) -> int:
+    """Write the extras of a step into `out`, and return their size: 0 where no row needs any now.
+
     Until a sequence has output `min_tokens`, its stop and end-of-sequence tokens are banned.
     """
-    sections = _Sections()
-    for row, sequence, num_output_tokens in rows:
-        sections.add(row, sequence, num_output_tokens)
-    if not (sections.penalty_rows or sections.bans or sections.biases or sections.allowed_rows):
-        return None
-    return sections.pack()
+    penalized = [entry for entry in rows if entry[2].has_penalties]
+    biases = [(row, fixed.biases) for row, _, fixed, _ in rows if len(fixed.biases)]
+    allowed = [(row, fixed.allowed) for row, _, fixed, _ in rows if len(fixed.allowed)]
+    bans = [(row, fixed.stop_bans) for row, _, fixed, num_output in rows if num_output < fixed.min_tokens]
+    bans += _bad_word_bans(rows)
+    if not (penalized or biases or allowed or bans):
+        return 0
+    at, num_prompt_tokens, num_output_tokens = EXTRAS_HEADER_SIZE, 0, 0
+    if penalized:
+        size, num_prompt_tokens, num_output_tokens = _write_penalties(penalized, out[at:])
+        at += size
+    num_biases = _write_tables(biases, out[at:])
+    at += 3 * num_biases
+    num_allowed_tokens = sum(len(token_ids) for _, token_ids in allowed)
+    if allowed:
+        lengths = out[at : at + 2 * len(allowed)].reshape(-1, 2)
+        lengths[:] = [(row, len(token_ids)) for row, token_ids in allowed]
+        at += lengths.size
+        np.concatenate([token_ids for _, token_ids in allowed], out=out[at : at + num_allowed_tokens])
+        at += num_allowed_tokens
+    num_bans = _write_tables(bans, out[at:])
+    out[:EXTRAS_HEADER_SIZE] = 0
+    header = ExtrasHeader(
+        num_penalty_rows=len(penalized),
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
+        num_bans=num_bans,
+        num_biases=num_biases,
+        num_allowed_rows=len(allowed),
+        num_allowed_tokens=num_allowed_tokens,
+    )
+    out[: len(header)] = header
+    return at + 3 * num_bans
+
+
+def _write_penalties(rows: list[ExtrasRow], out: Int32Array) -> tuple[int, int, int]:
+    """Write penalty rows, prompt tokens and output tokens; returns the size of all, and the number of either tokens."""
+    size = NUM_PENALTY_COLUMNS * len(rows)
+    table = out[:size].reshape(-1, NUM_PENALTY_COLUMNS)
+    np.concatenate([fixed.penalties for _, _, fixed, _ in rows], out=out[:size])
+    table[:, PenaltyColumn.ROW] = [row for row, _, _, _ in rows]
+    table[:, PenaltyColumn.NUM_OUTPUT_TOKENS] = num_output = [num for _, _, _, num in rows]
+    token_ids = [sequence.token_ids for _, sequence, _, _ in rows]
+    num_prompt = [fixed.num_prompt_tokens for _, _, fixed, _ in rows]
+    num_prompt_tokens = copy_tokens(out[size:], token_ids, [0] * len(rows), num_prompt, IN_FLIGHT)
+    size += num_prompt_tokens
+    starts = [sequence.num_prompt_tokens for _, sequence, _, _ in rows]
+    num_output_tokens = copy_tokens(out[size:], token_ids, starts, num_output, IN_FLIGHT)
+    return size + num_output_tokens, num_prompt_tokens, num_output_tokens
+
+
+def _bad_word_bans(rows: list[ExtrasRow]) -> list[tuple[int, Int32Array]]:
+    tables = []
+    for row, sequence, _, num_output in rows:
+        if sequence.request.bad_words:
+            num_in_flight = num_output - sequence.num_output_tokens
+            bans = [(0, *ban) for ban in bad_word_bans(sequence.request.bad_words, sequence, num_in_flight)]
+            tables.append((row, np.array(bans, np.int32).reshape(-1, 3)))
+    return tables
+
+
+def _write_tables(tables: list[tuple[int, Int32Array]], out: Int32Array) -> int:
+    """Write tables [k, 3] one behind the other, with their row in the first column; returns how many lines there are."""
+    if not tables:
+        return 0
+    lengths = [len(table) for _, table in tables]
+    section = out[: 3 * sum(lengths)].reshape(-1, 3)
+    np.concatenate([table for _, table in tables], out=section)
+    section[:, 0] = np.repeat([row for row, _ in tables], lengths)
+    return len(section)
 
 
 def max_extras(max_num_seqs: int, max_model_len: int) -> int:

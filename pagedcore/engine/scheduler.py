@@ -402,7 +402,7 @@ class Scheduler:
         return [] if group.ranks_outputs else [TokenOutput(group.request_id, seq.index, [token], logprobs=logprobs)]
 
     def _final_outputs(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenOutput]:
-        """The last message of a sequence that has ended, with new tokens; where outputs are ranked, all of them at the end."""
+        """The last message of a sequence that has ended, with these new tokens; of ranked outputs, all messages at the end."""
         group = seq.group
         finished = group.status is GroupStatus.FINISHED
         if not group.ranks_outputs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pagedcore._core import BlockManager
-from pagedcore.engine.sampling_extras import needs_extras, pack_extras, pack_sampling_row
+from pagedcore.engine.sampling_extras import FixedExtras, pack_extras, pack_sampling_row
 from pagedcore.engine.sequence import Sequence
 from pagedcore.engine.step_plan import (
     NUM_SAMPLING_COLUMNS,
@@ -58,6 +58,7 @@ class StepPacker:
         self._buffers = buffers
         self._sampling_table = np.zeros((max_num_seqs, NUM_SAMPLING_COLUMNS), dtype=np.int32)
         self._free_slots = list(range(max_num_seqs))
+        self._extras: list[FixedExtras | None] = [None] * max_num_seqs  # by slot; None: never any
         self._num_with_extras = 0
 
     def add(self, sequence: Sequence, num_logprobs: int) -> None:
@@ -67,12 +68,13 @@ class StepPacker:
         row = self._sampling_table[sequence.slot]
         row[:] = pack_sampling_row(params, sequence.seed)
         row[SamplingColumn.NUM_LOGPROBS] = num_logprobs
-        self._num_with_extras += needs_extras(params)
+        self._extras[sequence.slot] = fixed = FixedExtras.of(sequence)
+        self._num_with_extras += fixed is not None
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that runs no more."""
         self._free_slots.append(sequence.slot)
-        self._num_with_extras -= needs_extras(sequence.request.sampling_params)
+        self._num_with_extras -= self._extras[sequence.slot] is not None
         sequence.slot = -1
 
     def pack(self, rows: Rows, swaps: Swaps | None) -> StepPlan:
@@ -145,15 +147,14 @@ class StepPacker:
         buffer[_ANY_RANDOM] = rows[:, SamplingColumn.TEMPERATURE].any()
         buffer[_MAX_LOGPROBS] = rows[:, SamplingColumn.NUM_LOGPROBS].max()
         if self._num_with_extras:
-            extras = pack_extras(
-                [
-                    (row, seq, draws[row])
-                    for row, seq in enumerate(sequences)
-                    if needs_extras(seq.request.sampling_params, draws[row])
-                ]
-            )
-            if extras is not None:
-                buffer[used : used + len(extras)] = extras
-                buffer[_EXTRAS_OFFSET], buffer[_NUM_EXTRAS] = used, len(extras)
-                used += len(extras)
+            extras = self._extras
+            rows_with_extras = [
+                (row, seq, fixed, draws[row])
+                for row, seq in enumerate(sequences)
+                if (fixed := extras[seq.slot]) is not None
+            ]
+            size = pack_extras(rows_with_extras, buffer[used:])
+            if size:
+                buffer[_EXTRAS_OFFSET], buffer[_NUM_EXTRAS] = used, size
+                used += size
         return used

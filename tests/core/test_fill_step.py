@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagedcore._core import BlockManager
+from pagedcore._core import BlockManager, copy_tokens
 from pagedcore.engine.step_plan import StepLayout
 from tests.core.reference_manager import ReferenceRow, reference_step
 
@@ -159,3 +159,16 @@ def test_only_known_sequences_and_writable_int32_buffers() -> None:
     step.arguments["seq_ids"] = [3, 77]
     with pytest.raises(KeyError, match="no sequence 77"):
         step.fill()
+
+
+def test_tokens_are_copied_one_behind_the_other() -> None:
+    tokens = [array("i", [1, 2, 3, 4]), array("i", [5]), array("i"), array("i", [6, 7])]
+    out = np.full(10, UNTOUCHED, np.int32)
+    assert copy_tokens(out, tokens, [1, 0, 0, 5], [3, 2, 1, 1], -1) == 7
+    assert out.tolist() == [2, 3, 4, 5, -1, -1, -1, UNTOUCHED, UNTOUCHED, UNTOUCHED]
+
+
+@pytest.mark.parametrize(("starts", "lengths"), [([0], [11]), ([-1], [1]), ([0], [-1]), ([0], [1, 1])])
+def test_tokens_that_do_not_fit_are_refused(starts: list[int], lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"do not fit|must have 1 elements"):
+        copy_tokens(np.zeros(10, np.int32), [array("i", [1])], starts, lengths, -1)

@@ -275,7 +275,7 @@ def test_pinned_prefixes_are_computed_once_and_never_evicted(enable_prefix_cachi
     engine, executor, blocks = make_engine(
         num_blocks=64, num_host_blocks=40, enable_prefix_caching=enable_prefix_caching
     )
-    prefix, other = list(range(50, 72)), list(range(50, 60)) + [3, 4]
+    prefix, other = list(range(50, 72)), [*range(50, 60), 3, 4]
     engine.pin_prefix(prefix)
     engine.pin_prefix(other)
     pinned = engine.stats().num_pinned_blocks

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pagedcore.engine.request import Request
-from pagedcore.engine.sampling_extras import max_extras, needs_extras, pack_extras, pack_sampling_row
+from pagedcore.engine.sampling_extras import FixedExtras, max_extras, pack_extras, pack_sampling_row
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import Sequence
 from pagedcore.engine.step_plan import Header, SamplingColumn, StepLayout
@@ -44,25 +44,30 @@ class Row:
         return self.prompt + self.output
 
 
+def packed_extras(rows: list[Row], out: npt.NDArray[np.int32]) -> int:
+    """Write the extras of a step of these rows; returns their size."""
+    sequences = [row.sequence() for row in rows]
+    return pack_extras(
+        [
+            (i, sequence, fixed, len(row.output))
+            for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True))
+            if (fixed := FixedExtras.of(sequence)) is not None
+        ],
+        out,
+    )
+
+
 def step(rows: list[Row], query_lens: list[int]) -> tuple[torch.Tensor, Header, torch.Tensor]:
     """The packed buffer of a step in which each row computes its last `query_lens[i]` tokens; header; input ids."""
     layout = StepLayout(sum(query_lens), len(rows), 1)
-    extras = pack_extras(
-        [
-            (i, row.sequence(), len(row.output))
-            for i, row in enumerate(rows)
-            if needs_extras(row.params, len(row.output))
-        ]
-    )
-    num_extras = 0 if extras is None else len(extras)
-    buffer = np.zeros(layout.copies + num_extras, np.int32)
+    buffer = np.full(layout.copies + max_extras(len(rows), 200), -7, np.int32)
+    num_extras = packed_extras(rows, buffer[layout.copies :])
+    buffer = buffer[: layout.copies + num_extras]
     buffer[layout.query_start_loc + 1 : layout.seq_lens] = np.cumsum(query_lens)
     table = buffer[layout.sampling : layout.copies].reshape(len(rows), -1)
     for i, row in enumerate(rows):
         table[i] = pack_sampling_row(row.params, row.params.seed or 0)
         table[i, SamplingColumn.DRAW_INDEX] = len(row.output)
-    if extras is not None:
-        buffer[layout.copies :] = extras
     header = Header(
         num_tokens=layout.num_tokens,
         num_rows=len(rows),
@@ -173,13 +178,15 @@ def test_min_tokens_counts_tokens_in_flight() -> None:
     params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=[9])
     rows = [Row(params, [1], []), Row(params, [1], [4], 1), Row(params, [1], [4, 5], 1)]
     assert run(rows, logits).token_ids.tolist() == [30, 30, EOS]
-    assert [needs_extras(params, n) for n in (0, 1, 2, 3)] == [True, True, False, False]
+    room = np.zeros(100, np.int32)
+    assert [packed_extras([Row(params, [1], [4] * n)], room) > 0 for n in (0, 1, 2, 3)] == [True, True, False, False]
 
 
 def test_plain_rows_need_no_extras() -> None:
-    assert needs_extras(SamplingParams(logit_bias={1: 1.0}), 5)
-    assert not needs_extras(SamplingParams(temperature=0.5, top_k=3, logprobs=2, seed=1), 0)
-    assert pack_extras([]) is None
+    room = np.zeros(100, np.int32)
+    assert packed_extras([Row(SamplingParams(logit_bias={1: 1.0}), [1], [4] * 5)], room) > 0
+    plain = SamplingParams(temperature=0.5, top_k=3, logprobs=2, seed=1)
+    assert packed_extras([Row(plain, [1], [])], room) == 0
 
 
 def test_extras_fit_the_room_reserved_for_them() -> None:
@@ -193,8 +200,8 @@ def test_extras_fit_the_room_reserved_for_them() -> None:
         bad_words=["x"] * 128,
     )
     row = Row(params, list(range(40)), list(range(10)), 1, tuple((token,) for token in range(256)))
-    extras = pack_extras([(i, row.sequence(), 10) for i in range(7)])
-    assert extras is not None and len(extras) <= max_extras(7, max_model_len)
+    room = max_extras(7, max_model_len)
+    assert 7 * (40 + 10 + 3 * 1024) < packed_extras([row] * 7, np.zeros(room, np.int32)) <= room
 
 
 def test_rows_do_not_touch_their_neighbours() -> None:
