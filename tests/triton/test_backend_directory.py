@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpcclient
+from tritonclient.utils import InferenceServerException
 
 from pagedcore.serve.cache import SetupError
 from pagedcore.serve.install_backend import install_backend, is_ours
@@ -122,6 +123,21 @@ def test_the_flow_of_vllm_backends_sample_client(server: TritonServer, judge: Ju
     assert texts["1"] == text
     assert texts["2"] == judge.continuation(prompts[2], 16).text
     assert len(texts) == 4 and all(texts.values())
+
+
+def test_a_decoupled_model_is_for_streams_only(server: TritonServer) -> None:
+    """Triton's own answers to a plain gRPC call, and to a stream at the HTTP endpoint of single responses."""
+
+    async def infer() -> None:
+        tensor = grpcclient.InferInput("text_input", [1], "BYTES")
+        tensor.set_data_from_numpy(np.array([PROMPT.encode()], dtype=np.object_))
+        async with grpcclient.InferenceServerClient(server.grpc_url) as client:
+            await client.infer(MODEL, [tensor])
+
+    with pytest.raises(InferenceServerException, match="doesn't support models with decoupled transaction policy"):
+        asyncio.run(infer())
+    _, (answer,) = post(server, "generate", {"text_input": PROMPT, "stream": True, "max_tokens": 3})
+    assert "expects model to produce exactly 1 response" in answer["error"]
 
 
 def test_cancellation_is_logged_as_upstream_does(server: TritonServer) -> None:
