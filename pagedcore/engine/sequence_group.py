@@ -37,8 +37,8 @@ class SequenceGroup:
 
     `sequences` are in the order of their indices, or beams, best first. `active` are those that get rows in steps: the same
     ones, unless several of them have tokens in common that have to be computed (a prompt before the first draws; prompt and
-    equal output after a preemption). Those tokens are then computed once, as the sequence `trunk` in the block table of `lead`, and when the
-    last of them is planned, the other sequences fork that table and go on by themselves.
+    equal output after a preemption). Those tokens are then computed once, as the sequence `trunk` in the block table of
+    `lead`, and when the last of them is planned, the other sequences fork that table and go on by themselves.
     `width` is how many rows and block tables the group may come to have; `arrival` orders groups.
     `held` are ended sequences whose outputs are still to be ranked. Steps before `restarted_at` do not concern it any more.
     """
