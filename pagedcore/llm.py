@@ -228,8 +228,9 @@ class _Completion:
         for token_id, entry in zip(token_ids, logprobs, strict=True):
             completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + entry.logprob
             position = {token_id: Logprob(entry.logprob, entry.rank, self._token_text(token_id))}
-            for rank, (other, logprob) in enumerate(entry.top, start=1):
-                position.setdefault(other, Logprob(logprob, rank, self._token_text(other)))
+            for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
+                if other >= 0:
+                    position.setdefault(other, Logprob(logprob, rank, self._token_text(other)))
             completion.logprobs.append(position)
 
     def _token_text(self, token_id: int) -> str | None:

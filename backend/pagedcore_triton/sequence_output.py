@@ -86,7 +86,7 @@ class SequenceOutput:
         positions = []
         for token_id, entry in zip(self._new_token_ids, self._new_logprobs, strict=True):
             position = {token_id: self._logprob(token_id, entry.logprob, entry.rank)}
-            for rank, (other, logprob) in enumerate(entry.top, start=1):
+            for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
                 if other >= 0:  # fewer tokens have a finite probability than were asked for
                     position.setdefault(other, self._logprob(other, logprob, rank))
             positions.append(position)

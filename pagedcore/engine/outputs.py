@@ -15,7 +15,8 @@ class TokenLogprobs(NamedTuple):
 
     logprob: float
     rank: int  # of the sampled token; 1: most likely
-    top: list[tuple[int, float]]  # (token id, log probability), descending
+    top_token_ids: list[int]  # the most likely ones, descending; -1 behind the last one of finite probability
+    top_logprobs: list[float]
 
 
 @dataclass(slots=True)
@@ -62,8 +63,10 @@ class StepLogprobs:
 
     def of_row(self, row: int, wanted: int) -> TokenLogprobs:
         """Those of the token drawn in a row, and of the `wanted` most likely ones."""
-        top = list(zip(self._top_ids[row], self._top[row], strict=True))
-        return TokenLogprobs(self._chosen[row], self._ranks[row], top[:wanted])
+        ids, logprobs = self._top_ids[row], self._top[row]
+        if len(ids) > wanted:
+            ids, logprobs = ids[:wanted], logprobs[:wanted]
+        return TokenLogprobs(self._chosen[row], self._ranks[row], ids, logprobs)
 
 
 def final_output(
