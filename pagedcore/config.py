@@ -25,7 +25,9 @@ BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class EngineConfig:
     """Everything that shapes an engine. Names and meanings are those of vLLM's engine arguments where it has them.
 
-    `None` means: chosen when the engine is built, from the model, the device and its memory.
+    `None` means, unless said otherwise: chosen when the engine is built, from the model, the device and its memory.
+    `max_queue_size` and `max_queue_tokens` (not vLLM's) bound the requests that wait to be admitted and the prompt tokens of
+    these together; what exceeds them is refused at once, except when none waits. `None`: no bound.
     `preemption_mode`: what happens to the K/V of a preempted request: "recompute", "swap" to `swap_space` GiB of host memory
     (None: 0 on a CPU, whose KV cache is host memory already), or "auto", by estimated cost.
     `kv_cache_memory_bytes`: bytes. `gpu_memory_utilization`: share of the device's memory, for
@@ -47,6 +49,8 @@ class EngineConfig:
     kv_policy: str = "paged"
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    max_queue_size: int | None = 10_000
+    max_queue_tokens: int | None = 4_000_000
     max_logprobs: int = 20
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -73,6 +77,8 @@ class EngineConfig:
         for name in (
             "max_model_len",
             "max_num_batched_tokens",
+            "max_queue_size",
+            "max_queue_tokens",
             "num_gpu_blocks_override",
             "num_threads",
             "kv_cache_memory_bytes",

@@ -21,9 +21,7 @@ def rank_of(group: SequenceGroup) -> tuple[int, int]:
     return group.rank
 
 
-def count_victims(
-    group: SequenceGroup, running: list[SequenceGroup], shortage: Shortage, blocks: BlockManager
-) -> int:
+def count_victims(group: SequenceGroup, running: list[SequenceGroup], shortage: Shortage, blocks: BlockManager) -> int:
     """How many of the last `running` groups (in order of rank) to preempt for `group`: 0 if that could not help.
 
     Only less urgent ones are. Blocks that groups share count for each of them, so that it may turn out to be too few.

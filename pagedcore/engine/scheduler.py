@@ -421,7 +421,7 @@ class Scheduler:
         return [] if group.ranks_outputs else [TokenOutput(group.request_id, seq.index, [token], logprobs=logprobs)]
 
     def _final_outputs(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenOutput]:
-        """The last message of a sequence that has ended, with these new tokens; where outputs are ranked, all of them at the end."""
+        """The last message of a sequence that has ended, with these new tokens; all of them at the end, if they are ranked."""
         group = seq.group
         finished = group.status is GroupStatus.FINISHED
         if not group.ranks_outputs:
@@ -516,6 +516,7 @@ class Scheduler:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
+            num_waiting_tokens=self.waiting.num_tokens,
             num_preempted=len(self.preempted),
             num_swapped=sum(group.status is GroupStatus.SWAPPED for group in self.preempted),
             num_blocks=self.blocks.num_blocks,

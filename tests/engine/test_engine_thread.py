@@ -12,6 +12,7 @@ import pytest
 
 from pagedcore.engine.engine_thread import EngineThread
 from pagedcore.engine.outputs import TokenOutput
+from pagedcore.engine.queue_limits import QueueLimits
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import FinishReason
@@ -47,7 +48,7 @@ class Collector:
 @pytest.fixture
 def running() -> Iterator[tuple[EngineThread, FakeExecutor]]:
     engine, executor, _ = make_engine(num_blocks=48)
-    thread = EngineThread(engine)
+    thread = EngineThread(engine, QueueLimits())
     thread.start()
     yield thread, executor
     thread.shutdown()
@@ -96,17 +97,17 @@ def test_aborts_race_with_the_engine_and_still_end_once(running: tuple[EngineThr
             assert sink.token_ids == wanted[name]
 
 
-def test_refusals_are_raised_and_a_duplicate_id_is_answered(running: tuple[EngineThread, FakeExecutor]) -> None:
+def test_refusals_are_raised(running: tuple[EngineThread, FakeExecutor]) -> None:
     thread, _ = running
     with pytest.raises(RequestError, match="prompt is empty"):
         thread.submit(Request("empty", [], SamplingParams()), Collector())
     first, second = Collector(), Collector()
     request = Request("twice", [1, 2, 3], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
     thread.submit(request, first)
-    thread.submit(request, second)
-    assert first.ended.wait(WAIT) and second.ended.wait(WAIT)
-    assert first.reason is FinishReason.LENGTH
-    assert second.reason is FinishReason.ERROR and "in use" in str(second.outputs[-1].error)
+    with pytest.raises(RequestError, match="'twice' is in use"):
+        thread.submit(request, second)
+    assert first.ended.wait(WAIT)
+    assert first.reason is FinishReason.LENGTH and not second.outputs
 
 
 def test_shutdown_ends_what_is_open_and_refuses_what_comes(running: tuple[EngineThread, FakeExecutor]) -> None:
