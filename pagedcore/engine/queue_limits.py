@@ -19,22 +19,22 @@ class RefusalReason(Enum):
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """Bounds of the requests that wait to be admitted; None: no bound. A request is always taken when none waits.
+    """Bounds of the requests that wait to be admitted; 0: no bound, as Triton has it. A request is always taken when none waits.
 
-    max_queue_size: requests, at least 1
-    max_queue_tokens: prompt tokens of these requests together, at least 1
+    max_queue_size: requests
+    max_queue_tokens: prompt tokens of these requests together
     """
 
-    max_queue_size: int | None = None
-    max_queue_tokens: int | None = None
+    max_queue_size: int = 0
+    max_queue_tokens: int = 0
 
     def refusal(self, num_waiting: int, num_waiting_tokens: int, num_tokens: int) -> RefusalReason | None:
         """Which bound a request with a prompt of `num_tokens` would exceed; None if it may be queued."""
         if num_waiting == 0:
             return None
-        if self.max_queue_size is not None and num_waiting >= self.max_queue_size:
+        if 0 < self.max_queue_size <= num_waiting:
             return RefusalReason.QUEUE_SIZE
-        if self.max_queue_tokens is not None and num_waiting_tokens + num_tokens > self.max_queue_tokens:
+        if 0 < self.max_queue_tokens < num_waiting_tokens + num_tokens:
             return RefusalReason.QUEUE_TOKENS
         return None
 

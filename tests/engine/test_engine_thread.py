@@ -235,14 +235,14 @@ def until(condition: Callable[[], bool]) -> None:
     ("limits", "lengths", "last", "reason", "message"),
     [
         (
-            QueueLimits(3, None),
+            QueueLimits(max_queue_size=3),
             [9, 9, 9],
             1,
             RefusalReason.QUEUE_SIZE,
             "3 requests are waiting, and max_queue_size is 3",
         ),
         (
-            QueueLimits(None, 40),
+            QueueLimits(max_queue_tokens=40),
             [30, 10],
             1,
             RefusalReason.QUEUE_TOKENS,

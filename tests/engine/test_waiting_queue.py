@@ -116,7 +116,7 @@ TestOrder = OrderMachine.TestCase
 TestOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_what_tenants_that_keep_waiting_get_differs_by_a_bounded_number_of_tokens(seed: int) -> None:
     """Theorem 4.4 of the Virtual Token Counter's paper, for a tenant that floods and others that trickle, late ones among them."""
     rng = random.Random(seed)
@@ -126,8 +126,8 @@ def test_what_tenants_that_keep_waiting_get_differs_by_a_bounded_number_of_token
     served: dict[str, int] = dict.fromkeys(joins_at, 0)
     served_before_the_late_one = dict(served)
     running: dict[SequenceGroup, int] = {}  # outputs to come
-    bound = 2 * max(longest_prompt, OUTPUT_TOKEN_WEIGHT * num_rows * (longest_prompt + longest_output))
-    for step in range(600):
+    bound = 2 * max(longest_prompt, OUTPUT_TOKEN_WEIGHT * num_rows * longest_output)
+    for step in range(1000):
         for tenant, joins in joins_at.items():
             waiting = sum(group.tenant == tenant for group in queued(queue))
             for _ in range(max(0, (40 if tenant == "flood" else 1) - waiting) if step >= joins else 0):
