@@ -118,11 +118,11 @@ TestOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_tenants_that_keep_waiting_get_differs_by_a_bounded_number_of_tokens(seed: int) -> None:
-    """Theorem 4.4 of the Virtual Token Counter's paper, for a tenant that floods and others that trickle, late ones among them."""
+    """Theorem 4.4 of the Virtual Token Counter's paper, for a tenant that floods and others that just keep waiting."""
     rng = random.Random(seed)
     num_rows, longest_prompt, longest_output = 6, 40, 30
     queue, numbers = WaitingQueue(), itertools.count()
-    joins_at = {"flood": 0, "trickle": 0, "late": 150}
+    joins_at = {"flood": 0, "steady": 0, "late": 150}
     served: dict[str, int] = dict.fromkeys(joins_at, 0)
     served_before_the_late_one = dict(served)
     running: dict[SequenceGroup, int] = {}  # outputs to come
@@ -130,7 +130,7 @@ def test_what_tenants_that_keep_waiting_get_differs_by_a_bounded_number_of_token
     for step in range(1000):
         for tenant, joins in joins_at.items():
             waiting = sum(group.tenant == tenant for group in queued(queue))
-            for _ in range(max(0, (40 if tenant == "flood" else 1) - waiting) if step >= joins else 0):
+            for _ in range(max(0, (40 if tenant == "flood" else num_rows) - waiting) if step >= joins else 0):
                 queue.add(make_group(next(numbers), tenant, rng.randint(1, longest_prompt)))
         while len(running) < num_rows and (group := queue.peek()) is not None:
             queue.admit(group, group.num_prompt_tokens)
@@ -146,7 +146,7 @@ def test_what_tenants_that_keep_waiting_get_differs_by_a_bounded_number_of_token
                 queue.close(group, waits=False)
         if step == joins_at["late"] - 1:
             served_before_the_late_one = dict(served)
-        assert abs(served["flood"] - served["trickle"]) <= bound
+        assert abs(served["flood"] - served["steady"]) <= bound
         if step >= joins_at["late"]:
             since = {tenant: served[tenant] - served_before_the_late_one[tenant] for tenant in served}
             assert max(since.values()) - min(since.values()) <= bound
