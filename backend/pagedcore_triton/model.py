@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from pagedcore.config import EngineConfig
+from pagedcore.engine.deadlines import Deadline
 from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.errors import ConfigError, RequestError
@@ -122,6 +124,7 @@ class TritonPythonModel:
             self._metrics.stop(STOP_SECONDS)
 
     def _submit(self, request: Any, sender: Any) -> None:
+        begin = time.monotonic()
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         generate = parse_request(
             inputs, request.parameters(), request.requested_output_names(), model_name=self._model_name
@@ -131,6 +134,8 @@ class TritonPythonModel:
             encode_prompt(self._tokenizer, generate.prompt), params, self._loaded.max_model_len
         )
         bad_words = self._tokenizer.bad_word_ids(params.bad_words or ())
+        timeout = request.timeout() / 1e6  # it is in microseconds, and 0 for none
+        deadline = Deadline(timeout, begin) if timeout > 0 else None
         request_id = str(next(self._request_ids))
         stream = ResponseStream(
             request_id,
@@ -142,7 +147,9 @@ class TritonPythonModel:
         )
         self._senders.add(stream)
         try:
-            self._engine.submit(Request(request_id, prompt_token_ids, params, bad_words=bad_words), stream)
+            self._engine.submit(
+                Request(request_id, prompt_token_ids, params, bad_words=bad_words, deadline=deadline), stream
+            )
         except Exception as error:
             # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
             self._senders.discard(stream)
