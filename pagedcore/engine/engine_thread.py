@@ -13,6 +13,7 @@ from pagedcore.engine.engine import Engine
 from pagedcore.engine.outputs import EngineStats, OutputSink, TokenOutput
 from pagedcore.engine.request import Request
 from pagedcore.engine.sequence import FinishReason
+from pagedcore.engine.telemetry import Recorder
 from pagedcore.errors import EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class _Submission:
 @dataclass(frozen=True)
 class _Abort:
     request_id: str
+    asked_at: float  # time.monotonic
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class EngineThread:
     the engine's death. Sinks are called on the engine thread and must return at once.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, recorder: Recorder | None = None) -> None:
         self._engine = engine
+        self._recorder = recorder
         self._inbox: deque[_Submission | _Abort | _EndSequence] = deque()
         self._wake = threading.Event()
         self._lock = threading.Lock()  # guards the next two against a submit that would be left behind in the inbox
@@ -69,7 +72,7 @@ class EngineThread:
 
     def abort(self, request_id: str) -> None:
         """End a request; unless it ends on its own before that, its last output has the reason ABORT."""
-        self._post_unless_dead(_Abort(request_id))
+        self._post_unless_dead(_Abort(request_id, time.monotonic()))
 
     def end_sequence(self, request_id: str, index: int) -> None:
         """End one sequence of a request; unless it ends on its own before that, its last output has the reason STOP."""
@@ -154,6 +157,8 @@ class EngineThread:
             elif isinstance(item, _EndSequence):
                 self._deliver(self._engine.end_sequence(item.request_id, item.index))
             elif (output := self._engine.abort(item.request_id)) is not None:
+                if self._recorder is not None:
+                    self._recorder.add_cancel(time.monotonic() - item.asked_at)
                 self._deliver([output])
 
     def _add(self, request: Request, sink: OutputSink) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from pagedcore.engine.sequence import FinishReason, Sequence
@@ -114,12 +115,13 @@ def ranked_outputs(group: SequenceGroup) -> list[TokenOutput]:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine between two steps; `*_total` only ever grow. Running, waiting, preempted: requests."""
+    """A snapshot of the engine between two steps; `*_total` only ever grow. Running, waiting, preempted, finished: requests."""
 
     num_running: int = 0
     num_waiting: int = 0
     num_preempted: int = 0
     num_swapped: int = 0  # of the preempted ones
+    block_size: int = 0  # tokens
     num_blocks: int = 0
     num_free_blocks: int = 0
     num_cached_blocks: int = 0
@@ -135,3 +137,4 @@ class EngineStats:
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     steps_total: int = 0
+    finished_total: Mapping[FinishReason, int] = field(default_factory=dict)

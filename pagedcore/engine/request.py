@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from pagedcore.engine.sampling_params import SamplingParams
 
@@ -15,6 +16,7 @@ class Request:
     `bad_words`: the token ids of each of the sampling parameters' bad words, in every spelling that counts.
     `expected_output_len` (at least 1) is how long the output will be, where an experiment knows that beforehand; only
     the baselines among the memory policies ask for it, and no output is ended by it.
+    `arrived_at`: seconds of `time.monotonic`, from which the request's times are counted.
     """
 
     request_id: str
@@ -23,6 +25,7 @@ class Request:
     cache_salt: str = ""
     bad_words: tuple[tuple[int, ...], ...] = ()
     expected_output_len: int | None = None
+    arrived_at: float = field(default_factory=time.monotonic, compare=False)
 
 
 def truncate_prompt(token_ids: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
