@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ class TritonPythonModel:
             self._metrics.stop(STOP_SECONDS)
 
     def _submit(self, request: Any, sender: Any) -> None:
+        arrived_at = time.monotonic()
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         generate = parse_request(
             inputs, request.parameters(), request.requested_output_names(), model_name=self._model_name
@@ -147,7 +149,9 @@ class TritonPythonModel:
         )
         self._senders.add(stream)
         try:
-            self._engine.submit(Request(request_id, prompt_token_ids, params, bad_words=bad_words), stream)
+            self._engine.submit(
+                Request(request_id, prompt_token_ids, params, bad_words=bad_words, arrived_at=arrived_at), stream
+            )
         except Exception as error:
             # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
             self._senders.discard(stream)

@@ -80,7 +80,7 @@ class Scheduler:
         self.num_prefix_hits = 0
         self.num_finished = dict.fromkeys(FinishReason, 0)
         self._recorder = recorder
-        self._committed_at = 0.0  # when the step before was taken over
+        self._committed_at = -1.0  # when the step before was taken over; before the first one, no sequence's `token_at`
         self._packer = StepPacker(blocks, config.max_num_seqs, config.decode_batch_sizes, buffers)
         self._swap_space = SwapSpace(blocks, config.preemption_mode, config.swap_cost_tokens)
         self._pinned = PinnedPrefixes(blocks)

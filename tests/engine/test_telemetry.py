@@ -48,7 +48,8 @@ def make_recorded_engine(recorder: Recorder, one_step_ahead: bool) -> Engine:
 def make_requests(rng: random.Random, clock: Clock) -> list[Request]:
     requests = []
     for number in range(40):
-        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))]
+        # The first prompt fits the first step, which has no step before it.
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 40) if requests else 3)]
         params = SamplingParams(
             n=rng.choice((1, 1, 1, 3)), temperature=1, max_tokens=rng.randint(1, 16), ignore_eos=rng.random() < 0.7
         )
@@ -92,7 +93,7 @@ def test_times_between_tokens_and_of_requests(clock: Clock, one_step_ahead: bool
     assert {reason for reason, _ in ends.values()} == {FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT}
 
     assert recorded_intervals(records.steps) == intervals
-    assert max(intervals) > 3 * 9 / 64, "nobody sat out steps"
+    assert max(intervals) > 9 / 64, "nobody sat out a step"
     times_to_first_token = [time for step in records.steps for time in step.times_to_first_token]
     assert sorted(times_to_first_token) == sorted(at - by_id[name].arrived_at for name, at in first.items())
     assert len(records.requests) == len(requests)
