@@ -32,7 +32,7 @@ from pagedcore_triton.metric_families import (
 logger = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 0.1
-OBSERVATIONS_PER_SECOND = 200.0  # of each histogram, when there are more for long
+OBSERVATIONS_PER_SECOND = 500.0  # of each histogram, when there are more for long
 OBSERVATIONS_AT_ONCE = 1000.0
 
 
