@@ -81,6 +81,12 @@ def gauges() -> list[Scalar]:
             "Number of KV blocks that the prefix cache can find.",
             lambda now: now.engine.num_cached_blocks,
         ),
+        Scalar(
+            "vllm:num_requests_swapped",
+            "Number of the waiting requests whose KV blocks are in host memory.",
+            lambda now: now.engine.num_swapped,
+        ),
+        Scalar("vllm:cpu_cache_usage_perc", "Share of the swap space's KV blocks in use; 1 is all.", _host_usage),
         *_trt_llm_gauges(),
     ]
 
@@ -112,6 +118,23 @@ def counters() -> list[Scalar]:
             "vllm:num_preemptions_total",
             "Cumulative number of preemptions.",
             lambda now: now.engine.preemptions_total,
+        ),
+        Scalar(
+            "pagedcore:prefix_cache_evictions_total",
+            "Number of KV blocks that the prefix cache gave up because their place was needed.",
+            lambda now: now.engine.prefix_cache_evictions_total,
+        ),
+        Scalar(
+            "pagedcore:swapped_blocks_total",
+            "Number of KV blocks copied between device and host memory.",
+            lambda now: now.engine.swapped_out_blocks_total,
+            {"direction": "out"},
+        ),
+        Scalar(
+            "pagedcore:swapped_blocks_total",
+            "Number of KV blocks copied between device and host memory.",
+            lambda now: now.engine.swapped_in_blocks_total,
+            {"direction": "in"},
         ),
         Scalar("pagedcore:engine_steps_total", "Number of steps.", lambda now: now.engine.steps_total),
         *(_finished_counter(reason) for reason in FinishReason),
@@ -278,6 +301,11 @@ def _refused_counter(reason: str) -> Scalar:
 
 def _usage(now: Snapshot) -> float:
     return 1 - now.engine.num_free_blocks / now.engine.num_blocks
+
+
+def _host_usage(now: Snapshot) -> float:
+    used = now.engine.num_host_blocks - now.engine.num_free_host_blocks
+    return used / max(1, now.engine.num_host_blocks)
 
 
 def _token_intervals(records: Records) -> Iterator[Observation]:

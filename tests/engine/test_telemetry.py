@@ -40,13 +40,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def make_recorded_engine(recorder: Recorder, one_step_ahead: bool) -> Engine:
     """A pool so small that requests are preempted, and steps so small that prompts come in chunks."""
     executor = FakeExecutor(BLOCKS, BLOCK_SIZE, VOCAB, max_rows=8, max_tokens=16, max_width=32)
-    scheduler = Scheduler(SchedulerConfig(8, 16), BlockManager(BLOCKS, BLOCK_SIZE), executor.step_buffers(), recorder)
+    scheduler = Scheduler(
+        SchedulerConfig(8, 16), BlockManager(BLOCKS, BLOCK_SIZE), executor.step_buffers(), recorder=recorder
+    )
     limits = EngineLimits(96, VOCAB, 20, frozenset(range(8)))
     return Engine(scheduler, executor, limits, one_step_ahead=one_step_ahead)
 
 
 def make_requests(rng: random.Random, clock: Clock) -> list[Request]:
-    requests = []
+    requests: list[Request] = []
     for number in range(40):
         # The first prompt fits the first step, which has no step before it.
         prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 40) if requests else 3)]

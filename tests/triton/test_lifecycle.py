@@ -107,7 +107,7 @@ def test_a_model_that_cannot_be_served_fails_to_load(
 @pytest.mark.parametrize(
     "change",
     [
-        config_pbtxt('string_value: "true"', 'string_value: "false"'),
+        config_pbtxt('parameters {\n  key: "REPORT_CUSTOM_METRICS"\n  value { string_value: "true" }\n}\n', ""),
         lambda model: write_arguments(model.parent, disable_log_stats=True),
     ],
 )

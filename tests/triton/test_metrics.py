@@ -44,9 +44,11 @@ UPSTREAM: dict[str, tuple[str, str, list[float]]] = {
 }
 ASKED_FOR = {
     "gauge": "vllm:num_requests_running vllm:num_requests_waiting vllm:kv_cache_usage_perc vllm:gpu_cache_usage_perc "
-    "nv_trt_llm_kv_cache_block_metrics pagedcore:kv_blocks_total pagedcore:kv_blocks_free pagedcore:kv_blocks_cached",
+    "nv_trt_llm_kv_cache_block_metrics vllm:num_requests_swapped "
+    "vllm:cpu_cache_usage_perc pagedcore:kv_blocks_total pagedcore:kv_blocks_free pagedcore:kv_blocks_cached",
     "counter": "vllm:prefix_cache_queries_total vllm:prefix_cache_hits_total vllm:num_preemptions_total "
     "vllm:request_success_total pagedcore:requests_refused_total pagedcore:engine_steps_total "
+    "pagedcore:prefix_cache_evictions_total pagedcore:swapped_blocks_total "
     "pagedcore:observations_dropped_total",
     "histogram": "vllm:inter_token_latency_seconds vllm:iteration_tokens_total vllm:request_queue_time_seconds "
     "vllm:request_prefill_time_seconds vllm:request_decode_time_seconds vllm:request_inference_time_seconds "
@@ -112,7 +114,7 @@ def test_numbers_of_requests_that_complete(server: TritonServer, all_blocks_free
     growth.wait_for("vllm:generation_tokens_total", 15)
     growth.wait_for("vllm:time_per_output_token_seconds_count", 12)
     growth.wait_for("vllm:inter_token_latency_seconds_count", 12)
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_params_n", "request_params_n"):
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_params_n"):
         growth.wait_for(f"vllm:{name}_count", 3)
     growth.wait_for("vllm:request_success_total", 3, finished_reason="length")
     growth.wait_for("vllm:request_params_max_tokens_sum", 15)
@@ -128,6 +130,15 @@ def test_numbers_of_requests_that_complete(server: TritonServer, all_blocks_free
     assert 0 <= computed - (3 * num_prompt_tokens - hits + 15 - 3) <= 3
     assert growth.of("vllm:iteration_tokens_total_count") == growth.of("pagedcore:engine_steps_total")
     assert growth.of("pagedcore:observations_dropped_total") == 0
+
+
+def test_a_stop_string_is_a_stop(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
+    growth = Growth(server)
+    answer = generate_grpc(server.grpc_url, inputs("Count: one, two, three, four,", max_tokens=200, stop=["e"]))
+    assert "e" not in answer.text
+    growth.wait_for("vllm:request_success_total", 1, finished_reason="stop")
+    growth.wait_for("vllm:e2e_request_latency_seconds_count", 1)
+    assert growth.of("pagedcore:cancel_to_free_seconds_count") == 0
 
 
 def test_phases_of_a_request_add_up(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
