@@ -19,6 +19,7 @@ from pagedcore.engine.memory_policy import MemoryPolicy
 from pagedcore.engine.queue_limits import QueueLimits
 from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
 from pagedcore.engine.swap_space import PreemptionMode
+from pagedcore.engine.telemetry import Recorder
 from pagedcore.errors import ConfigError, RequestError
 from pagedcore.execution.cuda import CudaExecutor, has_cuda_device
 from pagedcore.execution.local import LocalExecutor
@@ -50,17 +51,17 @@ class LoadedEngine(Generic[EngineT]):
         self.engine.shutdown()
 
 
-def build_engine(config: EngineConfig) -> LoadedEngine[EngineThread]:
-    """Load a model and start its engine on a thread of its own. Raises ConfigError."""
-    loaded = load_engine(config)
-    engine = EngineThread(loaded.engine, QueueLimits(config.max_queue_size, config.max_queue_tokens))
+def build_engine(config: EngineConfig, recorder: Recorder | None = None) -> LoadedEngine[EngineThread]:
+    """Load a model and start its engine on a thread of its own; `recorder` gets its records. Raises ConfigError."""
+    loaded = load_engine(config, recorder)
+    engine = EngineThread(loaded.engine, QueueLimits(config.max_queue_size, config.max_queue_tokens), recorder)
     engine.start()
     return LoadedEngine(
         engine, loaded.tokenizer, loaded.max_model_len, loaded.vocab_size, loaded.eos_token_ids, loaded.config
     )
 
 
-def load_engine(config: EngineConfig) -> LoadedEngine[Engine]:
+def load_engine(config: EngineConfig, recorder: Recorder | None = None) -> LoadedEngine[Engine]:
     """Load a model and build the engine that its user steps. Raises ConfigError."""
     begin = time.monotonic()
     try:
@@ -74,7 +75,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine[Engine]:
     executor = executor_class(config, model, folder, max_model_len, _max_batched_tokens(config, max_model_len))
     try:
         tokenizer = None if config.skip_tokenizer_init else load_tokenizer(Path(config.tokenizer or folder))
-        engine = _build(config, model, executor, max_model_len)
+        engine = _build(config, model, executor, max_model_len, recorder)
         _pin_prefixes(config, engine, tokenizer)
     except Exception:
         executor.shutdown()
@@ -84,7 +85,11 @@ def load_engine(config: EngineConfig) -> LoadedEngine[Engine]:
 
 
 def _build(
-    config: EngineConfig, model: ModelConfig, executor: LocalExecutor | CudaExecutor, max_model_len: int
+    config: EngineConfig,
+    model: ModelConfig,
+    executor: LocalExecutor | CudaExecutor,
+    max_model_len: int,
+    recorder: Recorder | None,
 ) -> Engine:
     shape = executor.kv_cache_shape
     mode = PreemptionMode(config.preemption_mode)
@@ -118,6 +123,7 @@ def _build(
         blocks,
         executor.step_buffers(),
         policy,
+        recorder,
     )
     limits = EngineLimits(
         max_model_len, model.vocab_size, min(config.max_logprobs, model.vocab_size), frozenset(model.eos_token_ids)

@@ -16,13 +16,14 @@ from pagedcore.config import EngineConfig
 from pagedcore.engine.deadlines import Deadline
 from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.engine.telemetry import Recorder
 from pagedcore.errors import ConfigError, RequestError
 from pagedcore.serve.cache import SetupError
 from pagedcore.serve.default_model import resolve_model
 from pagedcore.text import OutputText
 from pagedcore_triton.json_text import parse_json_object
 from pagedcore_triton.lifecycle import Lifecycle
-from pagedcore_triton.metrics import Metrics
+from pagedcore_triton.metrics import Metrics, MetricsSource
 from pagedcore_triton.protocol import INPUTS, OUTPUTS, InputTensor, OutputDelta, OutputTensor, encode
 from pagedcore_triton.requests import GenerateRequest, encode_prompt, parse_request
 from pagedcore_triton.responses import ErrorCode, ResponseStream, error_of
@@ -77,11 +78,13 @@ class TritonPythonModel:
         """Load the engine that model.json describes; raises TritonModelException if it cannot be."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         try:
-            _check_model_config(json.loads(args["model_config"]))
+            model_config = json.loads(args["model_config"])
+            _check_model_config(model_config)
             config = _read_engine_config(Path(args["model_repository"], args["model_version"], "model.json"))
             from pagedcore.build import build_engine  # it loads torch, which a wrong configuration need not wait for
 
-            self._loaded = build_engine(config)
+            recorder = Recorder() if _reports_metrics(model_config, config) else None
+            self._loaded = build_engine(config, recorder)
         except (ConfigError, SetupError) as error:
             raise pb_utils.TritonModelException(str(error)) from error
         assert self._loaded.tokenizer is not None
@@ -94,9 +97,10 @@ class TritonPythonModel:
         self._lifecycle = Lifecycle(self._engine, self._senders.stop)
         self._lifecycle.start()
         self._metrics: Metrics | None = None
-        if not config.disable_log_stats:
+        if recorder is not None:
             labels = {"model": args["model_name"], "version": args["model_version"]}
-            self._metrics = Metrics(self._engine.stats, labels)
+            source = MetricsSource(self._engine.stats, recorder, self._loaded.max_model_len, labels)
+            self._metrics = Metrics(source)
             self._metrics.start()
 
     def execute(self, requests: list[Any]) -> None:
@@ -109,6 +113,7 @@ class TritonPythonModel:
                 code, message = error_of(error)
                 if code is ErrorCode.INTERNAL:
                     logger.exception("a request failed before it reached the engine")
+                self._count_refused(code)
                 TritonChannel(sender, ()).send_error(code, message)
 
     def is_ready(self) -> bool:
@@ -124,7 +129,7 @@ class TritonPythonModel:
             self._metrics.stop(STOP_SECONDS)
 
     def _submit(self, request: Any, sender: Any) -> None:
-        begin = time.monotonic()
+        arrived_at = time.monotonic()
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         generate = parse_request(
             inputs, request.parameters(), request.requested_output_names(), model_name=self._model_name
@@ -135,7 +140,7 @@ class TritonPythonModel:
         )
         bad_words = self._tokenizer.bad_word_ids(params.bad_words or ())
         timeout = request.timeout() / 1e6  # it is in microseconds, and 0 for none
-        deadline = Deadline(timeout, begin) if timeout > 0 else None
+        deadline = Deadline(timeout, arrived_at) if timeout > 0 else None
         request_id = str(next(self._request_ids))
         stream = ResponseStream(
             request_id,
@@ -148,11 +153,20 @@ class TritonPythonModel:
         self._senders.add(stream)
         try:
             self._engine.submit(
-                Request(request_id, prompt_token_ids, params, bad_words=bad_words, deadline=deadline), stream
+                Request(
+                    request_id,
+                    prompt_token_ids,
+                    params,
+                    bad_words=bad_words,
+                    deadline=deadline,
+                    arrived_at=arrived_at,
+                ),
+                stream,
             )
         except Exception as error:
             # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
             self._senders.discard(stream)
+            self._count_refused(error_of(error)[0])
             stream.refuse(error)
 
     def _sequence_outputs(self, generate: GenerateRequest, prompt_token_ids: list[int]) -> list[SequenceOutput]:
@@ -182,6 +196,10 @@ class TritonPythonModel:
             skip_special_tokens=params.skip_special_tokens,
         )
 
+    def _count_refused(self, code: ErrorCode) -> None:
+        if self._metrics is not None:
+            self._metrics.count_refused(code.value.lower())
+
 
 def _check_model_config(model_config: dict[str, Any]) -> None:
     """Raise ConfigError for a config.pbtxt under which the engine cannot serve."""
@@ -203,6 +221,12 @@ def _check_model_config(model_config: dict[str, Any]) -> None:
         if given:
             names = ", ".join(row.name for row in rows)
             raise ConfigError(f"config.pbtxt: {kind} must be one of {names}, got {next(iter(given))}")
+
+
+def _reports_metrics(model_config: dict[str, Any], config: EngineConfig) -> bool:
+    """Whether both of vllm_backend's switches are on: the one in config.pbtxt, and the one in model.json."""
+    parameter = model_config["parameters"].get("REPORT_CUSTOM_METRICS", {"string_value": ""})
+    return parameter["string_value"].lower() == "true" and not config.disable_log_stats
 
 
 def _read_engine_config(path: Path) -> EngineConfig:

@@ -179,11 +179,8 @@ class ResponseStream:
             if count and sequence.take([pending.popleft() for _ in range(count)]):
                 stopped_by_text.append(index)
         final = all(sequence.finish_reason is not None for sequence in self._sequences)
-        if final and self._num_open > 0:
-            engine.abort(self.request_id)
-        elif stopped_by_text:
-            for index in stopped_by_text:
-                engine.end_sequence(self.request_id, index)
+        for index in stopped_by_text:
+            engine.end_sequence(self.request_id, index)
         if final or self._stream:
             self._send(final)
 

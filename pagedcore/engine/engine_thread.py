@@ -14,6 +14,7 @@ from pagedcore.engine.open_requests import OpenRequests
 from pagedcore.engine.outputs import EngineStats, OutputSink, TokenOutput
 from pagedcore.engine.queue_limits import QueueLimits, RefusalReason
 from pagedcore.engine.request import Request
+from pagedcore.engine.telemetry import Recorder
 from pagedcore.errors import DeadlineError, EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ _DRAIN_POLL_SECONDS = 0.02
 @dataclass(frozen=True)
 class _Abort:
     request_id: str
+    asked_at: float  # time.monotonic
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class EngineThread:
     are bounded by `limits`.
     """
 
-    def __init__(self, engine: Engine, limits: QueueLimits) -> None:
+    def __init__(self, engine: Engine, limits: QueueLimits, recorder: Recorder | None = None) -> None:
         self._engine = engine
         self._limits = limits
+        self._recorder = recorder
         self._inbox: deque[Request | _Abort | _EndSequence] = deque()
         self._wake = threading.Event()
         self._lock = threading.Lock()  # guards the next five, and the way of requests from the inbox to the engine
@@ -94,7 +97,7 @@ class EngineThread:
 
     def abort(self, request_id: str) -> None:
         """End a request; unless it ends on its own before that, its last output has the reason ABORT."""
-        self._post_unless_dead(_Abort(request_id))
+        self._post_unless_dead(_Abort(request_id, time.monotonic()))
 
     def end_sequence(self, request_id: str, index: int) -> None:
         """End one sequence of a request; unless it ends on its own before that, its last output has the reason STOP."""
@@ -191,6 +194,8 @@ class EngineThread:
             elif isinstance(item, _EndSequence):
                 self._deliver(self._engine.end_sequence(item.request_id, item.index))
             elif (output := self._engine.abort(item.request_id)) is not None:
+                if self._recorder is not None:
+                    self._recorder.add_cancel(time.monotonic() - item.asked_at)
                 self._deliver([output])
 
     def _add(self, request: Request) -> None:

@@ -116,7 +116,8 @@ def ranked_outputs(group: SequenceGroup) -> list[TokenOutput]:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine between two steps; `*_total` only ever grow. Running, waiting, preempted: requests.
+    """A snapshot of the engine between two steps; `*_total` only ever grow. Running, waiting, preempted,
+    finished: requests.
 
     `refused_total`: requests that were not taken, by reason. `expired_total`: requests that ended at their deadline.
     """
@@ -126,6 +127,7 @@ class EngineStats:
     num_waiting_tokens: int = 0
     num_preempted: int = 0
     num_swapped: int = 0  # of the preempted ones
+    block_size: int = 0  # tokens
     num_blocks: int = 0
     num_free_blocks: int = 0
     num_cached_blocks: int = 0
@@ -143,3 +145,4 @@ class EngineStats:
     steps_total: int = 0
     refused_total: Mapping[RefusalReason, int] = field(default_factory=dict)
     expired_total: int = 0
+    finished_total: Mapping[FinishReason, int] = field(default_factory=dict)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from pagedcore.engine.deadlines import Deadline
 from pagedcore.engine.sampling_params import SamplingParams
@@ -17,6 +18,7 @@ class Request:
     `expected_output_len` (at least 1) is how long the output will be, where an experiment knows that beforehand; only
     the baselines among the memory policies ask for it, and no output is ended by it.
     A request that has not ended at its `deadline` ends with a DeadlineError then, in `EngineThread`.
+    `arrived_at`: seconds of `time.monotonic`, from which the request's times are counted.
     """
 
     request_id: str
@@ -26,6 +28,7 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     expected_output_len: int | None = None
     deadline: Deadline | None = None
+    arrived_at: float = field(default_factory=time.monotonic, compare=False)
 
 
 def truncate_prompt(token_ids: list[int], params: SamplingParams, max_model_len: int) -> list[int]:

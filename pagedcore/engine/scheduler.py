@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import time
 from dataclasses import dataclass
 
 from pagedcore._core import BlockManager
@@ -23,6 +24,7 @@ from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup, blocks_o
 from pagedcore.engine.step_packer import Rows, StepPacker
 from pagedcore.engine.step_plan import Int32Array, StepPlan, StepResult
 from pagedcore.engine.swap_space import PreemptionMode, SwapSpace
+from pagedcore.engine.telemetry import Recorder, StepTimes, request_record
 from pagedcore.engine.waiting_queue import WaitingQueue
 from pagedcore.errors import NonFiniteLogitsError, RequestError
 
@@ -60,7 +62,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: SchedulerConfig, blocks: BlockManager, buffers: list[Int32Array], policy: MemoryPolicy = PAGED
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        buffers: list[Int32Array],
+        policy: MemoryPolicy = PAGED,
+        recorder: Recorder | None = None,
     ) -> None:
         self.config = config
         self.blocks = blocks
@@ -73,6 +80,9 @@ class Scheduler:
         self.num_generated_tokens = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
+        self.num_finished = dict.fromkeys(FinishReason, 0)
+        self._recorder = recorder
+        self._committed_at = -1.0  # when the step before was taken over; before the first one, no sequence's `token_at`
         self._packer = StepPacker(blocks, config.max_num_seqs, config.decode_batch_sizes, buffers)
         self._swap_space = SwapSpace(blocks, config.preemption_mode, config.swap_cost_tokens)
         self._pinned = PinnedPrefixes(blocks)
@@ -123,7 +133,7 @@ class Scheduler:
 
         A launched step may still be writing to them. Steps run in order, so that is over before a later step can use them.
         """
-        self._end_group(group)
+        self._end_group(group, reason)
         group.finish_reason = reason
         for seq in group.sequences:
             seq.finish_reason, seq.valid_from = reason, NEVER
@@ -304,6 +314,8 @@ class Scheduler:
         else:
             self.preempted.pop(0)
         group.status = GroupStatus.RUNNING
+        if group.scheduled_at is None:
+            group.scheduled_at = time.monotonic()
         self._num_reserved_rows += group.width
         for seq in group.sequences:
             self._packer.add(seq, group.num_logprobs)
@@ -347,6 +359,9 @@ class Scheduler:
         step_logprobs = StepLogprobs(result) if result.chosen_logprobs is not None else None
         block_size = self.blocks.block_size
         step_id = plan.step_id
+        committed_at, now = self._committed_at, time.monotonic()
+        times = StepTimes(now, now - committed_at)
+        num_drawn = 0
         for row in plan.beam_rows:
             if token_ids[row] < 0 and step_id >= plan.sequences[row].valid_from:
                 outputs.append(self._fail_bad_logits(plan.sequences[row].group))
@@ -364,12 +379,13 @@ class Scheduler:
             end = start + n
             if end // block_size > start // block_size and group.status is GroupStatus.RUNNING:
                 self.blocks.commit(seq.seq_id, seq.token_ids, end)
-            if start < seq.num_prompt_tokens:
-                self.num_prompt_tokens += min(end, seq.num_prompt_tokens) - start
             if not samples:
                 continue
             seq.token_ids.append(token)
-            self.num_generated_tokens += 1
+            num_drawn += 1
+            if seq.token_at != committed_at:  # else it drew in the step before, as nearly all do
+                times.add_irregular(seq)
+            seq.token_at = now
             reason = None
             if token in seq.stop_token_ids:
                 reason = FinishReason.STOP
@@ -381,22 +397,28 @@ class Scheduler:
                 outputs += self._outputs(seq, row, token, reason, step_logprobs)
         for row in plan.beam_rows:
             if step_id >= plan.sequences[row].valid_from:
-                outputs += self._take_beam(plan.sequences[row], row, result)
+                outputs += self._take_beam(plan.sequences[row], row, result, times)
+        self._committed_at = now
+        self.num_generated_tokens += num_drawn
+        self.num_prompt_tokens += times.num_prompt_tokens
+        if self._recorder is not None:
+            self._recorder.add_step(times.record(sum(plan.num_scheduled_tokens), num_drawn))
         return outputs
 
-    def _take_beam(self, beam: Sequence, row: int, result: StepResult) -> list[TokenOutput]:
+    def _take_beam(self, beam: Sequence, row: int, result: StepResult, times: StepTimes) -> list[TokenOutput]:
         """Take over what a beam's step says of its next token; with the last beam of the group, choose how they go on."""
         group = beam.group
         search = group.search
         assert search is not None and result.top_token_ids is not None and result.top_logprobs is not None
         beam.awaits_choice = False
+        times.add_beam(beam)
         candidates = slice(search.num_candidates)
         search.take(beam, result.top_token_ids[row, candidates], result.top_logprobs[row, candidates])
         if not search.is_complete(group.sequences):
             return []
         continuations = search.choose(group.sequences)
         if not continuations:
-            self._end_group(group)
+            self._end_group(group, search.ended[0].reason)
             return ranked_outputs(group)
         self.num_generated_tokens += len(continuations)
         change = group.replace_beams(continuations, self.new_seq_id)
@@ -443,7 +465,7 @@ class Scheduler:
         group = seq.group
         seq.finish_reason, seq.valid_from = reason, NEVER
         if len(group.sequences) == 1:
-            self._end_group(group)
+            self._end_group(group, reason)
             return
         if group.trunk is not None:
             self._restart(group)  # the trunk may be in this sequence's blocks
@@ -452,8 +474,9 @@ class Scheduler:
         if group.status is GroupStatus.RUNNING:
             self._packer.remove(seq)
         group.sequences.remove(seq)
+        group.num_ended_tokens += seq.num_output_tokens
 
-    def _end_group(self, group: SequenceGroup) -> None:
+    def _end_group(self, group: SequenceGroup, reason: FinishReason) -> None:
         """Take a group off its queue, for good, and its blocks back."""
         self._release(group)
         if group.status is GroupStatus.RUNNING:
@@ -462,6 +485,9 @@ class Scheduler:
             self.preempted.remove(group)
         self.waiting.close(group, waits=group.status is GroupStatus.WAITING)
         group.status = GroupStatus.FINISHED
+        self.num_finished[reason] += 1
+        if self._recorder is not None:
+            self._recorder.add_request(request_record(group, reason, time.monotonic()))
 
     def _release(self, group: SequenceGroup) -> None:
         """Give back the blocks that a group owns, of the device or of the host."""
@@ -528,6 +554,7 @@ class Scheduler:
             num_waiting_tokens=self.waiting.num_tokens,
             num_preempted=len(self.preempted),
             num_swapped=sum(group.status is GroupStatus.SWAPPED for group in self.preempted),
+            block_size=self.blocks.block_size,
             num_blocks=self.blocks.num_blocks,
             num_free_blocks=self.blocks.num_free_blocks,
             num_cached_blocks=self.blocks.num_cached_blocks,
@@ -543,6 +570,7 @@ class Scheduler:
             prompt_tokens_total=self.num_prompt_tokens,
             generation_tokens_total=self.num_generated_tokens,
             steps_total=self._packer.num_steps,
+            finished_total=dict(self.num_finished),
         )
 
 

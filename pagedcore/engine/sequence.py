@@ -36,6 +36,7 @@ class Sequence:
     id from there, without the host. Results of steps before `valid_from` are not its own any more: it has ended, or starts
     again after a failed step. A beam that `awaits_choice` has drawn in a launched step, and has no next token until the host has
     chosen. `cumulative_logprob` and `logprobs` are kept where the request wants or needs them.
+    `token_at`: when the newest token reached the host, in seconds of `time.monotonic`; 0: there is none yet.
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class Sequence:
         "seq_id",
         "slot",
         "stop_token_ids",
+        "token_at",
         "token_ids",
         "valid_from",
     )
@@ -86,6 +88,7 @@ class Sequence:
         self.slot = -1
         self.valid_from = 0
         self.awaits_choice = False
+        self.token_at = 0.0
         self.cumulative_logprob = 0.0
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
@@ -110,6 +113,7 @@ class Sequence:
         args = self.request, self.max_total_tokens, self.stop_token_ids
         child = Sequence(seq_id, *args, seed, index, self.token_ids[:])
         child.num_computed_tokens = self.num_computed_tokens
+        child.token_at = self.token_at
         child.group = self.group
         return child
 

@@ -47,6 +47,8 @@ class SequenceGroup:
     `arrival` orders groups that wait; `rank`, (priority, order of admission), those that have been admitted: the last one
     is preempted first. `account` is its tenant's.
     `held` are ended sequences whose outputs are still to be ranked. Steps before `restarted_at` do not concern it any more.
+    `num_ended_tokens`: output tokens of the sequences that have ended. `scheduled_at`, `first_token_at`: when the group was first
+    admitted and drew first, in seconds of `time.monotonic`; None: not yet.
     """
 
     __slots__ = (
@@ -54,11 +56,13 @@ class SequenceGroup:
         "active",
         "arrival",
         "finish_reason",
+        "first_token_at",
         "has_branched",
         "held",
         "is_plain",
         "lead",
         "num_cached_tokens",
+        "num_ended_tokens",
         "num_logprobs",
         "num_outputs",
         "num_prompt_tokens",
@@ -68,6 +72,7 @@ class SequenceGroup:
         "ranks_outputs",
         "request_id",
         "restarted_at",
+        "scheduled_at",
         "search",
         "sequences",
         "status",
@@ -104,6 +109,9 @@ class SequenceGroup:
         self.is_plain = self.num_logprobs < 0  # a token is all there is to say about a step
         self.num_cached_tokens = 0
         self.num_swapped_blocks = 0  # when it was last swapped out
+        self.num_ended_tokens = 0
+        self.scheduled_at: float | None = None
+        self.first_token_at: float | None = None
         self.restarted_at = 0
         self.status = GroupStatus.WAITING
         self.finish_reason: FinishReason | None = None  # why the group ended, unless its sequences did so by themselves

@@ -104,6 +104,31 @@ def test_a_model_that_cannot_be_served_fails_to_load(
     assert not is_loaded(explicit)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        config_pbtxt('parameters {\n  key: "REPORT_CUSTOM_METRICS"\n  value { string_value: "true" }\n}\n', ""),
+        lambda model: write_arguments(model.parent, disable_log_stats=True),
+    ],
+)
+def test_without_metrics_not_a_line_is_shown(explicit: TritonServer, change: Callable[[Path], object]) -> None:
+    """Either of vllm_backend's switches is enough."""
+    model = explicit.model_repository / MODEL
+    saved = {path: path.read_text() for path in (model / "config.pbtxt", model / "1" / "model.json")}
+    try:
+        change(model)
+        assert control(explicit, "load") is None
+        inputs = {"text_input": "Once upon a time", "sampling_parameters": '{"temperature": 0, "max_tokens": 4}'}
+        assert generate(explicit.http_url, inputs).error is None
+        assert (
+            re.findall("^.*(?:vllm:|pagedcore:|nv_trt_llm).*$", metrics_text(explicit.metrics_url), re.MULTILINE) == []
+        )
+        assert control(explicit, "unload") is None
+    finally:
+        for path, text in saved.items():
+            path.write_text(text)
+
+
 def test_cancelling_a_queued_request(explicit: TritonServer) -> None:
     """It leaves the queue although it has never run, and the running request does not notice."""
     write_arguments(explicit.model_repository, max_num_seqs=1)

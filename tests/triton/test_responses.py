@@ -251,7 +251,8 @@ def test_a_stop_string_ends_its_sequence_only(pool: SenderPool, engine: Recordin
     assert client.result() == ["one|one", "| three", "| three", "|"]
     assert client.channel.deltas[1][0] == SequenceDelta("", FinishReason.STOP, [two])
     assert client.channel.deltas[2][0].token_ids == []
-    until(lambda: engine.aborted == ["a"])
+    until(lambda: engine.ended == [("a", 0), ("a", 1)])
+    assert not engine.aborted
 
 
 def test_a_failure_ends_all_sequences(pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer) -> None:
@@ -274,7 +275,8 @@ def test_a_stop_string_ends_the_request_and_stops_the_engine(
     for token_id in tokenizer.encode("one two three four"):
         client.push(token_id)
     assert "".join(str(text) for text in client.result()) == "one two "
-    until(lambda: engine.aborted == ["a"])
+    until(lambda: engine.ended == [("a", 0)])
+    assert not engine.aborted
     client.push(*tokenizer.encode(" five"))  # computed before the engine heard of it
     lane = client.stream.lane
     until(lambda: lane is not None and lane.num_streams == 0)  # the poller has seen it
