@@ -25,7 +25,7 @@ from pagedcore_triton.json_text import parse_json_object
 from pagedcore_triton.lifecycle import Lifecycle
 from pagedcore_triton.metrics import Metrics, MetricsSource
 from pagedcore_triton.protocol import INPUTS, OUTPUTS, InputTensor, OutputDelta, OutputTensor, encode
-from pagedcore_triton.requests import GenerateRequest, encode_prompt, parse_request
+from pagedcore_triton.requests import GenerateRequest, encode_prompt, parse_request, parse_timeout
 from pagedcore_triton.responses import ErrorCode, ResponseStream, error_of
 from pagedcore_triton.senders import SenderPool
 from pagedcore_triton.sequence_output import SequenceOutput
@@ -139,8 +139,8 @@ class TritonPythonModel:
             encode_prompt(self._tokenizer, generate.prompt), params, self._loaded.max_model_len
         )
         bad_words = self._tokenizer.bad_word_ids(params.bad_words or ())
-        timeout = request.timeout() / 1e6  # it is in microseconds, and 0 for none
-        deadline = Deadline(timeout, arrived_at) if timeout > 0 else None
+        timeout_us = request.timeout() or parse_timeout(request.parameters())
+        deadline = Deadline(timeout_us / 1e6, arrived_at) if timeout_us > 0 else None
         request_id = str(next(self._request_ids))
         stream = ResponseStream(
             request_id,

@@ -15,6 +15,7 @@ from pagedcore_triton.protocol import OUTPUTS, Array, OutputTensor
 
 MAX_PROMPT_BYTES = 1 << 20
 MAX_PARAMETERS_BYTES = 256 << 10
+MAX_TIMEOUT = 2**63 - 1  # microseconds
 STREAMING_ECHO = "When streaming, `exclude_input_in_output` = False is not allowed."
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
 
@@ -88,6 +89,21 @@ def parse_request(
     return GenerateRequest(prompt, stream, not exclude_input, outputs, params, wants_logprobs)
 
 
+def parse_timeout(parameters: str) -> int:
+    """A request's timeout in microseconds as Triton's HTTP generate endpoints pass it on, among the parameters; 0 for none.
+
+    Raises RequestError.
+    """
+    if '"timeout"' not in parameters:
+        return 0
+    timeout = parse_json_object("the request's parameters", parameters).get("timeout", 0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or not 0 <= timeout <= MAX_TIMEOUT:
+        raise RequestError(
+            f"timeout must be an integer in [0, {MAX_TIMEOUT}] (microseconds), got {ascii(timeout)[:64]}"
+        )
+    return timeout
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The prompt's token ids; raises RequestError for messages that do not fit the model's chat template."""
     if isinstance(prompt, str):
@@ -128,6 +144,8 @@ def _parse_sampling_params(inputs: Mapping[str, Array], parameters: str) -> Samp
         name = "sampling_parameters"
         parameters = _decode_utf8(name, _string(inputs, name), MAX_PARAMETERS_BYTES)
     values = parse_json_object(name, parameters)
+    if "sampling_parameters" not in inputs:
+        values.pop("timeout", None)  # see parse_timeout
     if values.pop("lora_name", None) is not None:
         raise LoraDisabledError
     return SamplingParams.from_dict(values)

@@ -65,11 +65,13 @@ class Response:
 class GrpcStream:
     """One gRPC stream; its requests' responses arrive in one queue, told apart by their ids."""
 
-    def __init__(self, url: str, model: str = MODEL) -> None:
+    def __init__(self, url: str, model: str = MODEL, *, ends_with_code: bool = False) -> None:
+        """`ends_with_code`: an error ends the stream, with its code, instead of being told without one."""
         self._model = model
         self._client = grpcclient.InferenceServerClient(url)
         self._responses: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
-        self._client.start_stream(lambda result, error: self._responses.put((result, error)))
+        headers = {"triton_grpc_error": "true"} if ends_with_code else None
+        self._client.start_stream(lambda result, error: self._responses.put((result, error)), headers=headers)
 
     def send(
         self,
@@ -130,8 +132,8 @@ class GrpcStream:
 
 
 @contextmanager
-def grpc_stream(url: str, model: str = MODEL) -> Iterator[GrpcStream]:
-    stream = GrpcStream(url, model)
+def grpc_stream(url: str, model: str = MODEL, *, ends_with_code: bool = False) -> Iterator[GrpcStream]:
+    stream = GrpcStream(url, model, ends_with_code=ends_with_code)
     try:
         yield stream
     finally:

@@ -129,27 +129,6 @@ def test_without_metrics_not_a_line_is_shown(explicit: TritonServer, change: Cal
             path.write_text(text)
 
 
-def test_cancelling_a_queued_request(explicit: TritonServer) -> None:
-    """It leaves the queue although it has never run, and the running request does not notice."""
-    write_arguments(explicit.model_repository, max_num_seqs=1)
-    assert control(explicit, "load") is None
-    long = {
-        "text_input": "Once upon a time",
-        "stream": True,
-        "sampling_parameters": '{"max_tokens": 100, "ignore_eos": true}',
-    }
-    with grpc_stream(explicit.grpc_url) as running, grpc_stream(explicit.grpc_url) as queued:
-        running.send(long)
-        running.next()
-        queued.send(long)
-        wait_until(lambda: metric(explicit.metrics_url, "vllm:num_requests_waiting") == 1)
-        queued.cancel()
-        wait_until(lambda: metric(explicit.metrics_url, "vllm:num_requests_waiting") == 0)
-        assert metric(explicit.metrics_url, "vllm:num_requests_running") == 1
-        running.next()
-    assert control(explicit, "unload") is None
-
-
 def test_unloading_and_loading_again(explicit: TritonServer) -> None:
     """With a stream and a queued request still open, which end first."""
     inputs = {"text_input": "Once upon a time", "sampling_parameters": '{"temperature": 0, "max_tokens": 40}'}

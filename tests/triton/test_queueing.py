@@ -37,55 +37,69 @@ def busy(server: TritonServer, priority: int = 0) -> Iterator[GrpcStream]:
         wait_until(lambda: gauge(server, "running") + gauge(server, "waiting") == 0)
 
 
+def refusal(server: TritonServer, inputs: dict[str, Any], **send: Any) -> str:
+    """The text of the error that a request gets, which has the code UNAVAILABLE. (Over HTTP, Triton answers 400 to any code.)"""
+    with grpc_stream(server.grpc_url, ends_with_code=True) as stream:
+        stream.send(inputs, **send)
+        with pytest.raises(InferenceServerException) as raised:
+            stream.next()
+    assert raised.value.status() == "StatusCode.UNAVAILABLE"
+    return str(raised.value.message())
+
+
 def test_a_full_queue_answers_unavailable_with_the_numbers(small_server: TritonServer) -> None:
-    with busy(small_server), grpc_stream(small_server.grpc_url) as queued:
-        for _ in range(3):
-            queued.send(HELLO)
-        wait_until(lambda: gauge(small_server, "waiting") == 3)
-        answer = generate(small_server.http_url, HELLO)
-        assert answer.code == "UNAVAILABLE"
-        assert answer.error == (
-            "Error generating stream: the queue is full: 3 requests are waiting, and max_queue_size is 3; try again later"
-        )
-        queued.cancel()
-        wait_until(lambda: gauge(small_server, "waiting") == 0)
-        queued_anew = grpc_stream(small_server.grpc_url)
-        with queued_anew as stream:
-            stream.send(HELLO | {"text_input": " a" * 1000})
-            wait_until(lambda: gauge(small_server, "waiting") == 1)
-            answer = generate(small_server.http_url, HELLO | {"text_input": " a" * 600})
-            stream.cancel()
-    assert answer.code == "UNAVAILABLE"
-    assert answer.error is not None
-    assert re.search(
-        "requests with 1000 prompt tokens are waiting, this one has 600, and max_queue_tokens is 1500", answer.error
+    size = (
+        "Error generating stream: the queue is full: 3 requests are waiting, and max_queue_size is 3; try again later"
     )
+    tokens = "requests with 1000 prompt tokens are waiting, this one has 600, and max_queue_tokens is 1500"
+    with busy(small_server):
+        with grpc_stream(small_server.grpc_url) as queued:
+            for _ in range(3):
+                queued.send(HELLO)
+            wait_until(lambda: gauge(small_server, "waiting") == 3)
+            assert refusal(small_server, HELLO) == size
+            assert generate(small_server.http_url, HELLO).error == size
+            queued.cancel()
+        wait_until(lambda: gauge(small_server, "waiting") == 0)
+        with grpc_stream(small_server.grpc_url) as queued:
+            queued.send(HELLO | {"text_input": " a" * 1000})
+            wait_until(lambda: gauge(small_server, "waiting") == 1)
+            assert tokens in refusal(small_server, HELLO | {"text_input": " a" * 600})
+            queued.cancel()
     assert generate(small_server.http_url, HELLO).error is None
+
+
+ENDLESS = {"text_input": "Hello", "sampling_parameters": '{"max_tokens": 900, "ignore_eos": true}'}
 
 
 @pytest.mark.parametrize("state", ["queued", "running"])
 def test_a_request_ends_at_its_deadline(small_server: TritonServer, state: str) -> None:
     """Triton's own request timeout, in microseconds."""
-    endless = {"text_input": "Hello", "sampling_parameters": '{"max_tokens": 900, "ignore_eos": true}'}
-
-    def ask(stream: GrpcStream) -> str:
-        stream.send(endless, timeout=400_000)
-        with pytest.raises(InferenceServerException) as raised:
-            stream.next()
-        return str(raised.value.message())
-
-    with grpc_stream(small_server.grpc_url) as stream:
-        if state == "running":
-            error = ask(stream)
-        else:
-            with busy(small_server):
-                error = ask(stream)
-                assert gauge(small_server, "running") == 4
+    if state == "running":
+        error = refusal(small_server, ENDLESS, timeout=400_000)
+    else:
+        with busy(small_server):
+            error = refusal(small_server, ENDLESS, timeout=400_000)
+            assert gauge(small_server, "running") == 4
     found = re.search(r"deadline of 400 ms exceeded after (\d+) ms \((\w+), (\d+) tokens generated\)", error)
     assert found is not None, error
     assert found[2] == state
     assert (int(found[3]) > 0) == (state == "running")
     wait_until(lambda: gauge(small_server, "running") + gauge(small_server, "waiting") == 0)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"sampling_parameters": ENDLESS["sampling_parameters"]}])
+def test_the_timeout_of_an_http_request_is_a_deadline_too(small_server: TritonServer, sampling: dict[str, str]) -> None:
+    body: dict[str, Any] = {
+        "text_input": "Hello",
+        **(sampling if sampling else {"max_tokens": 900, "ignore_eos": True}),
+    }
+    error = generate(small_server.http_url, body | {"timeout": 300_000}).error
+    assert error is not None and "deadline of 300 ms exceeded after" in error
+    error = generate(small_server.http_url, body | {"timeout": -1}).error
+    assert (
+        error is not None and "timeout must be an integer in [0, 9223372036854775807] (microseconds), got -1" in error
+    )
 
 
 def test_an_urgent_request_goes_first_and_takes_the_row_of_a_less_urgent_one(small_server: TritonServer) -> None:
