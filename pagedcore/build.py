@@ -16,6 +16,7 @@ from pagedcore.config import EngineConfig
 from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.engine_thread import EngineThread
 from pagedcore.engine.memory_policy import MemoryPolicy
+from pagedcore.engine.queue_limits import QueueLimits
 from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
 from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.engine.telemetry import Recorder
@@ -53,7 +54,7 @@ class LoadedEngine(Generic[EngineT]):
 def build_engine(config: EngineConfig, recorder: Recorder | None = None) -> LoadedEngine[EngineThread]:
     """Load a model and start its engine on a thread of its own; `recorder` gets its records. Raises ConfigError."""
     loaded = load_engine(config, recorder)
-    engine = EngineThread(loaded.engine, recorder)
+    engine = EngineThread(loaded.engine, QueueLimits(config.max_queue_size, config.max_queue_tokens), recorder)
     engine.start()
     return LoadedEngine(
         engine, loaded.tokenizer, loaded.max_model_len, loaded.vocab_size, loaded.eos_token_ids, loaded.config

@@ -26,6 +26,8 @@ class EngineConfig:
     """Everything that shapes an engine. Names and meanings are those of vLLM's engine arguments where it has them.
 
     `None` means: chosen when the engine is built, from the model, the device and its memory.
+    `max_queue_size` and `max_queue_tokens` (not vLLM's) bound the requests that wait to be admitted and the prompt tokens of
+    these together; what exceeds them is refused at once, except when none waits. 0: no bound.
     `preemption_mode`: what happens to the K/V of a preempted request: "recompute", "swap" to `swap_space` GiB of host memory
     (None: 4 beside a GPU, 0 on a CPU, whose KV cache is host memory already), or "auto", by estimated cost.
     `pinned_prefixes`: texts or lists of token ids, computed at the start and kept in the KV cache; requests that begin with
@@ -49,6 +51,8 @@ class EngineConfig:
     kv_policy: str = "paged"
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    max_queue_size: int = 10_000
+    max_queue_tokens: int = 4_000_000
     max_logprobs: int = 20
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -83,6 +87,8 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 self._check_integer(name, 1)
         self._check_integer("max_num_seqs", 1, 4096)
+        self._check_integer("max_queue_size", 0)
+        self._check_integer("max_queue_tokens", 0)
         self._check_integer("max_logprobs", 0, 1000)
         self._check_integer("seed", 0, 2**63 - 1)
         self._check_integer("tensor_parallel_size", 1)

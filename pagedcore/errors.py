@@ -11,6 +11,14 @@ class RequestError(ValueError):
     """A request that cannot be served as asked: the client's to mend. The text names field, allowed range and given value."""
 
 
+class OverloadedError(RuntimeError):
+    """Too many requests wait already. The text names the limit and how many there are."""
+
+
+class DeadlineError(RuntimeError):
+    """A request's time was up before it had ended. The text says how long it took and how far it got."""
+
+
 class EngineDeadError(RuntimeError):
     """The engine has stopped after a fatal error; no request can be served."""
 

@@ -114,7 +114,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "runner": ("auto", "generate"),
     "scheduler_cls": (),
     "scheduler_delay_factor": (0,),
-    "scheduling_policy": ("fcfs",),
+    "scheduling_policy": ("fcfs", "priority"),
     "served_model_name": (),
     "speculative_config": (),
     "speculative_draft_tensor_parallel_size": (),

@@ -13,6 +13,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from pagedcore.config import EngineConfig
+from pagedcore.engine.deadlines import Deadline
 from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.telemetry import Recorder
@@ -138,6 +139,8 @@ class TritonPythonModel:
             encode_prompt(self._tokenizer, generate.prompt), params, self._loaded.max_model_len
         )
         bad_words = self._tokenizer.bad_word_ids(params.bad_words or ())
+        timeout = request.timeout() / 1e6  # it is in microseconds, and 0 for none
+        deadline = Deadline(timeout, arrived_at) if timeout > 0 else None
         request_id = str(next(self._request_ids))
         stream = ResponseStream(
             request_id,
@@ -150,7 +153,15 @@ class TritonPythonModel:
         self._senders.add(stream)
         try:
             self._engine.submit(
-                Request(request_id, prompt_token_ids, params, bad_words=bad_words, arrived_at=arrived_at), stream
+                Request(
+                    request_id,
+                    prompt_token_ids,
+                    params,
+                    bad_words=bad_words,
+                    deadline=deadline,
+                    arrived_at=arrived_at,
+                ),
+                stream,
             )
         except Exception as error:
             # Through the stream: it knows that nobody may ask the channel anything once this has been sent.

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from pagedcore.engine.outputs import TokenOutput
 from pagedcore.engine.sequence import FinishReason
-from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError
+from pagedcore.errors import DeadlineError, EngineDeadError, NonFiniteLogitsError, OverloadedError, RequestError
 from pagedcore_triton.protocol import OutputDelta
 from pagedcore_triton.requests import LoraDisabledError
 from pagedcore_triton.sequence_output import SequenceOutput
@@ -66,7 +66,7 @@ def error_of(error: Exception) -> tuple[ErrorCode, str]:
         return ErrorCode.INVALID_ARG, str(error)
     if isinstance(error, RequestError):
         return ErrorCode.INVALID_ARG, GENERATION_ERROR + str(error)
-    if isinstance(error, EngineDeadError):
+    if isinstance(error, (EngineDeadError, OverloadedError, DeadlineError)):
         return ErrorCode.UNAVAILABLE, GENERATION_ERROR + str(error)
     if isinstance(error, NonFiniteLogitsError):
         return ErrorCode.INTERNAL, GENERATION_ERROR + str(error)
@@ -203,7 +203,8 @@ class ResponseStream:
             return
         error = self._failure.error
         assert error is not None
-        logger.error("request %s failed: %r", self.request_id, error)
+        level = logging.INFO if isinstance(error, DeadlineError) else logging.ERROR
+        logger.log(level, "request %s failed: %r", self.request_id, error)
         self._fail(*error_of(error))
 
     def _fail(self, code: ErrorCode, message: str) -> None:

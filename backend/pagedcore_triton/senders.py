@@ -1,22 +1,15 @@
-"""The sending threads, and the one that asks whose client has gone."""
+"""The sending threads, on which open requests are spread."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from queue import Empty, SimpleQueue
 
+from pagedcore_triton.cancellation import CancellationPoller
 from pagedcore_triton.responses import EngineControl, ResponseStream
 
-logger = logging.getLogger(__name__)
-
 NUM_LANES = 4  # a send blocks for about 0.1 ms; the process boundary saturates at about four senders
-# Asking whether a request was cancelled takes a round trip of about 0.05 ms on the channel that the senders use, so many
-# open requests are asked less often than few, and a handful at a time.
-POLL_SECONDS_PER_STREAM = 0.002
-MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.1
-POLL_GROUP = 8
 
 
 class Lane:
@@ -72,19 +65,17 @@ class Lane:
 
 
 class SenderPool:
-    """The lanes, and the one thread that asks for every open request, queued or running, whether it was cancelled.
+    """The lanes, and the cancellation poller that asks for every open request.
 
     With `NUM_LANES` lanes, each request on one of them: an idle lane sends every token at once, a backlogged one merges
     the tokens that a request has piled up.
     """
 
     def __init__(self, engine: EngineControl) -> None:
-        self._engine = engine
         self._lanes = [Lane(engine, f"pagedcore-sender-{number}") for number in range(NUM_LANES)]
         self._lock = threading.Lock()  # guards _streams and the lanes' num_streams
         self._streams: set[ResponseStream] = set()
-        self._stopping = threading.Event()
-        self._poller = threading.Thread(target=self._poll, name="pagedcore-cancellation", daemon=True)
+        self._poller = CancellationPoller(engine, self.discard)
 
     def start(self) -> None:
         for lane in self._lanes:
@@ -97,6 +88,7 @@ class SenderPool:
             stream.lane = min(self._lanes, key=lambda lane: lane.num_streams)
             stream.lane.num_streams += 1
             self._streams.add(stream)
+        self._poller.add(stream)
 
     def discard(self, stream: ResponseStream) -> None:
         """Forget a stream whose request the engine did not take, or that is closed."""
@@ -108,33 +100,8 @@ class SenderPool:
 
     def stop(self, timeout: float) -> None:
         """Send what the engine has pushed so far, and end the threads; `timeout` in seconds, for each."""
-        self._stopping.set()
         for lane in self._lanes:
             lane.stop(timeout)
-        self._poller.join(timeout)
+        self._poller.stop(timeout)
         with self._lock:
             self._streams.clear()  # their channels are not to outlive Triton's stub
-
-    def _poll(self) -> None:
-        while not self._stopping.is_set():
-            with self._lock:
-                streams = list(self._streams)
-            period = min(MAX_POLL_SECONDS, max(MIN_POLL_SECONDS, POLL_SECONDS_PER_STREAM * len(streams)))
-            groups = [streams[i : i + POLL_GROUP] for i in range(0, max(1, len(streams)), POLL_GROUP)]
-            for group in groups:
-                if self._stopping.wait(period / len(groups)):
-                    return
-                for stream in group:
-                    self._poll_one(stream)
-
-    def _poll_one(self, stream: ResponseStream) -> None:
-        try:
-            if stream.is_cancelled():
-                if not stream.cancelling:  # asked for until it ends: the engine may not have known the request yet
-                    stream.cancelling = True
-                    logger.info("[vllm] Cancelling the request (%s)", stream.request_id)
-                self._engine.abort(stream.request_id)
-        except Exception:
-            logger.exception("request %s: cannot tell whether it was cancelled", stream.request_id)
-        if stream.is_closed:
-            self.discard(stream)

@@ -13,7 +13,7 @@ from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler
 from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason, Sequence
-from pagedcore.engine.sequence_group import SequenceGroup
+from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup
 from pagedcore.engine.step_plan import StepPlan
 from pagedcore.engine.token_rules import check_token_rules
 from pagedcore.errors import EngineDeadError, RequestError
@@ -31,6 +31,14 @@ class EngineLimits:
     vocab_size: int
     max_logprobs: int
     eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class RequestProgress:
+    """`state`: queued, running, preempted, ...; `num_output_tokens`: of all its sequences that are not through, together."""
+
+    state: str
+    num_output_tokens: int
 
 
 class Engine:
@@ -139,6 +147,15 @@ class Engine:
             for output in self._commit((plan, self._executor.launch(plan))):
                 if output.error is not None:
                     raise output.error
+
+    def progress(self, request_id: str) -> RequestProgress:
+        """How far a request is. Any thread may ask; what it learns may be a step old."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return RequestProgress("queued", 0)
+        num_output_tokens = sum(sequence.num_output_tokens for sequence in (*group.sequences, *group.held))
+        state = "queued" if group.status is GroupStatus.WAITING else group.status.value
+        return RequestProgress(state, num_output_tokens)
 
     def has_work(self) -> bool:
         return self._launched is not None or self.scheduler.has_unfinished()

@@ -1,31 +1,26 @@
-"""The engine on a thread of its own: an inbox before it, a sink per request behind it."""
+"""The engine on a thread of its own: a bounded inbox before it, a sink per request behind it."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from pagedcore.engine.deadlines import Deadline, DeadlineTimer
 from pagedcore.engine.engine import Engine
+from pagedcore.engine.open_requests import OpenRequests
 from pagedcore.engine.outputs import EngineStats, OutputSink, TokenOutput
+from pagedcore.engine.queue_limits import QueueLimits, RefusalReason
 from pagedcore.engine.request import Request
-from pagedcore.engine.sequence import FinishReason
 from pagedcore.engine.telemetry import Recorder
-from pagedcore.errors import EngineDeadError, RequestError
+from pagedcore.errors import DeadlineError, EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
 
 STALLED_SECONDS = 60.0  # a step that takes longer than this counts as a stalled engine
 _DRAIN_POLL_SECONDS = 0.02
-
-
-@dataclass(frozen=True)
-class _Submission:
-    request: Request
-    sink: OutputSink
 
 
 @dataclass(frozen=True)
@@ -44,31 +39,61 @@ class EngineThread:
     """Runs an Engine until shutdown; any thread may submit and abort.
 
     Every accepted request gets exactly one output with `request_finished`, whatever happens: finished, aborted, failed, or
-    the engine's death. Sinks are called on the engine thread and must return at once.
+    the engine's death, or its deadline, when it is answered even if the step in hand does not end; its blocks are free
+    after that step. Sinks are called on the engine thread or, at a deadline, on the timer's, and must return at once.
+
+    A request waits from its submission until it is admitted, at the earliest when the next step is planned. Those that wait
+    are bounded by `limits`.
     """
 
-    def __init__(self, engine: Engine, recorder: Recorder | None = None) -> None:
+    def __init__(self, engine: Engine, limits: QueueLimits, recorder: Recorder | None = None) -> None:
         self._engine = engine
+        self._limits = limits
         self._recorder = recorder
-        self._inbox: deque[_Submission | _Abort | _EndSequence] = deque()
+        self._inbox: deque[Request | _Abort | _EndSequence] = deque()
         self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards the next two against a submit that would be left behind in the inbox
+        self._lock = threading.Lock()  # guards the next five, and the way of requests from the inbox to the engine
         self._closed = False
         self._draining = False
+        self._num_posted = 0  # requests in the inbox
+        self._num_posted_tokens = 0
+        self._refused = dict.fromkeys(RefusalReason, 0)
         self._stopping = False
-        self._sinks: dict[str, OutputSink] = {}
+        self._open = OpenRequests()
+        self._deadlines = DeadlineTimer(self._expire)
+        self._num_expired = 0
         self._error: Exception | None = None
         self._progress_at = time.monotonic()
         self._busy = False
         self._thread = threading.Thread(target=self._run, name="pagedcore-engine", daemon=True)
 
     def start(self) -> None:
+        self._deadlines.start()
         self._thread.start()
 
     def submit(self, request: Request, sink: OutputSink) -> None:
-        """Hand over a request; returns at once. Raises RequestError or EngineDeadError, and then nothing will be pushed."""
-        self._engine.check(request)
-        self._post(_Submission(request, sink))
+        """Hand over a request; returns at once.
+
+        Raises RequestError, OverloadedError or EngineDeadError, and then nothing will be pushed.
+        """
+        try:
+            self._engine.check(request)
+        except RequestError:
+            with self._lock:
+                self._refused[RefusalReason.INVALID] += 1
+            raise
+        with self._lock:
+            if self._closed or self._draining:
+                self._refused[RefusalReason.STOPPED] += 1
+                raise self._end_error()
+            self._check_queue(len(request.prompt_token_ids))
+            self._open.add(request.request_id, sink)
+            if request.deadline is not None:
+                self._deadlines.watch(request.request_id, request.deadline)
+            self._num_posted += 1
+            self._num_posted_tokens += len(request.prompt_token_ids)
+            self._inbox.append(request)
+        self._wake.set()
 
     def abort(self, request_id: str) -> None:
         """End a request; unless it ends on its own before that, its last output has the reason ABORT."""
@@ -79,19 +104,31 @@ class EngineThread:
         self._post_unless_dead(_EndSequence(request_id, index))
 
     def _post_unless_dead(self, item: _Abort | _EndSequence) -> None:
-        with contextlib.suppress(EngineDeadError):  # the engine's end has already answered every request
-            self._post(item)
-
-    def _post(self, item: _Submission | _Abort | _EndSequence) -> None:
         with self._lock:
-            if self._closed or (self._draining and isinstance(item, _Submission)):
-                raise self._end_error()
+            if self._closed:
+                return  # the engine's end has already answered every request
             self._inbox.append(item)
         self._wake.set()
 
+    def _check_queue(self, num_tokens: int) -> None:
+        waiting = self._engine.scheduler.waiting
+        num_waiting, num_waiting_tokens = self._num_posted + len(waiting), self._num_posted_tokens + waiting.num_tokens
+        reason = self._limits.refusal(num_waiting, num_waiting_tokens, num_tokens)
+        if reason is not None:
+            self._refused[reason] += 1
+            raise self._limits.error(reason, num_waiting, num_waiting_tokens, num_tokens)
+
     def stats(self) -> EngineStats:
-        """The engine's counters as of about now."""
-        return self._engine.stats()
+        """The engine's counters as of about now; what is in the inbox waits, too."""
+        stats = self._engine.stats()
+        with self._lock:
+            return replace(
+                stats,
+                num_waiting=stats.num_waiting + self._num_posted,
+                num_waiting_tokens=stats.num_waiting_tokens + self._num_posted_tokens,
+                refused_total=dict(self._refused),
+                expired_total=self._num_expired,
+            )
 
     def is_healthy(self) -> bool:
         """Whether the engine thread is alive and making progress."""
@@ -113,7 +150,7 @@ class EngineThread:
         with self._lock:
             self._draining = True
         deadline = time.monotonic() + patience
-        while (self._inbox or self._sinks) and time.monotonic() < deadline:
+        while len(self._open) > 0 and time.monotonic() < deadline:
             time.sleep(_DRAIN_POLL_SECONDS)
         self._end_thread(timeout)
 
@@ -152,8 +189,8 @@ class EngineThread:
     def _drain_inbox(self) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, _Submission):
-                self._add(item.request, item.sink)
+            if isinstance(item, Request):
+                self._add(item)
             elif isinstance(item, _EndSequence):
                 self._deliver(self._engine.end_sequence(item.request_id, item.index))
             elif (output := self._engine.abort(item.request_id)) is not None:
@@ -161,44 +198,47 @@ class EngineThread:
                     self._recorder.add_cancel(time.monotonic() - item.asked_at)
                 self._deliver([output])
 
-    def _add(self, request: Request, sink: OutputSink) -> None:
+    def _add(self, request: Request) -> None:
         try:
-            self._engine.add_request(request)
+            with self._lock:
+                self._num_posted -= 1
+                self._num_posted_tokens -= len(request.prompt_token_ids)
+                if request.request_id in self._open:  # else its deadline has passed
+                    self._engine.add_request(request)
         except Exception as error:  # scoped to this request: it has not become part of anything
             if not isinstance(error, RequestError):
                 logger.exception("request %s could not be added", request.request_id)
-            sink.push(_error_output(request.request_id, error))
-        else:
-            self._sinks[request.request_id] = sink
+            self._deadlines.forget(request.request_id)
+            self._open.fail(request.request_id, error)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
+        self._open.deliver(outputs)
         for output in outputs:
             if output.request_finished:
-                self._sinks.pop(output.request_id).push(output)
-            else:
-                self._sinks[output.request_id].push(output)
+                self._deadlines.forget(output.request_id)
+
+    def _expire(self, request_id: str, deadline: Deadline) -> None:
+        """End a request whose deadline has passed. Runs on the timer's thread."""
+        progress = self._engine.progress(request_id)
+        elapsed = time.monotonic() - deadline.begin
+        error = DeadlineError(
+            f"deadline of {deadline.timeout * 1000:g} ms exceeded after {elapsed * 1000:.0f} ms "
+            f"({progress.state}, {progress.num_output_tokens} tokens generated)"
+        )
+        if self._open.fail(request_id, error):
+            with self._lock:
+                self._num_expired += 1
+            self.abort(request_id)
 
     def _close(self) -> None:
         """Refuse what comes from now on, and end everything that is still open, whatever state the engine is in."""
         with self._lock:
             self._closed = True
-        error = self._end_error()
-        # Item by item: after a shutdown that did not wait, the engine thread may get here as well.
-        with contextlib.suppress(IndexError):
-            while True:
-                item = self._inbox.popleft()
-                if isinstance(item, _Submission):
-                    item.sink.push(_error_output(item.request.request_id, error))
-        with contextlib.suppress(KeyError):
-            while True:
-                request_id, sink = self._sinks.popitem()
-                sink.push(_error_output(request_id, error))
+        self._deadlines.stop()
+        self._inbox.clear()
+        self._open.fail_all(self._end_error())
 
     def _end_error(self) -> EngineDeadError:
         if self._error is None:
             return EngineDeadError("the server is shutting down")
         return EngineDeadError(f"the engine has stopped: {self._error}")
-
-
-def _error_output(request_id: str, error: Exception) -> TokenOutput:
-    return TokenOutput(request_id, 0, [], FinishReason.ERROR, error=error, request_finished=True)

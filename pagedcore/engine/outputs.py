@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from pagedcore.engine.queue_limits import RefusalReason
 from pagedcore.engine.sequence import FinishReason, Sequence
 from pagedcore.engine.sequence_group import SequenceGroup
 from pagedcore.engine.step_plan import StepResult
@@ -115,10 +116,15 @@ def ranked_outputs(group: SequenceGroup) -> list[TokenOutput]:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine between two steps; `*_total` only ever grow. Running, waiting, preempted, finished: requests."""
+    """A snapshot of the engine between two steps; `*_total` only ever grow. Running, waiting, preempted,
+    finished: requests.
+
+    `refused_total`: requests that were not taken, by reason. `expired_total`: requests that ended at their deadline.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_tokens: int = 0
     num_preempted: int = 0
     num_swapped: int = 0  # of the preempted ones
     block_size: int = 0  # tokens
@@ -137,4 +143,6 @@ class EngineStats:
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     steps_total: int = 0
+    refused_total: Mapping[RefusalReason, int] = field(default_factory=dict)
+    expired_total: int = 0
     finished_total: Mapping[FinishReason, int] = field(default_factory=dict)

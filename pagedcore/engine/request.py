@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from pagedcore.engine.deadlines import Deadline
 from pagedcore.engine.sampling_params import SamplingParams
 
 
@@ -16,6 +17,7 @@ class Request:
     `bad_words`: the token ids of each of the sampling parameters' bad words, in every spelling that counts.
     `expected_output_len` (at least 1) is how long the output will be, where an experiment knows that beforehand; only
     the baselines among the memory policies ask for it, and no output is ended by it.
+    A request that has not ended at its `deadline` ends with a DeadlineError then, in `EngineThread`.
     `arrived_at`: seconds of `time.monotonic`, from which the request's times are counted.
     """
 
@@ -25,6 +27,7 @@ class Request:
     cache_salt: str = ""
     bad_words: tuple[tuple[int, ...], ...] = ()
     expected_output_len: int | None = None
+    deadline: Deadline | None = None
     arrived_at: float = field(default_factory=time.monotonic, compare=False)
 
 

@@ -29,6 +29,8 @@ MAX_BAD_WORD_LENGTH = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGIT_BIASES = 1024
 MAX_ALLOWED_TOKEN_IDS = 1024
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+MAX_TENANT_LENGTH = 128
 
 _INTEGER_FIELDS = (
     "n",
@@ -40,6 +42,7 @@ _INTEGER_FIELDS = (
     "min_tokens",
     "logprobs",
     "truncate_prompt_tokens",
+    "priority",
 )
 _FLOAT_FIELDS = (
     "presence_penalty",
@@ -64,7 +67,6 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "logits_processors": (None, []),
     "structured_outputs": (None,),
     "guided_decoding": (None,),
-    "priority": (None, 0),
     "logprob_token_ids": (None,),
     "prompt_logprob_token_ids": (None,),
     "prompt_logprob_start": (None,),
@@ -127,6 +129,8 @@ class SamplingParams:
     allowed_token_ids: the only tokens that may be drawn; None: all
     truncate_prompt_tokens: keep this many of the prompt's last tokens; -1: as many as fit; None: all
     spaces_between_special_tokens: either value gives the same text, as the tokenizers in use put no spaces there
+    priority: lower is more urgent; decides who is admitted first and who is preempted
+    tenant: at most 128 characters; requests of equal priority are admitted so that each tenant gets its share of tokens
     """
 
     n: int = 1
@@ -153,6 +157,8 @@ class SamplingParams:
     beam_width: int | None = None
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    priority: int = 0
+    tenant: str = ""
     bad_words: Sequence[str] | None = ()
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     allowed_token_ids: Sequence[int] | None = None
@@ -179,6 +185,10 @@ class SamplingParams:
         self._check_integer("max_tokens", 1, MAX_TOKENS, optional=True)
         self._check_integer("min_tokens", 0, MAX_TOKENS)
         self._check_integer("logprobs", 0, MAX_LOGPROBS, optional=True)
+        self._check_integer("priority", MIN_PRIORITY, MAX_PRIORITY)
+        if not isinstance(self.tenant, str) or len(self.tenant) > MAX_TENANT_LENGTH:
+            limit = f"a text of at most {MAX_TENANT_LENGTH} characters"
+            raise RequestError(f"tenant must be {limit}, got {_shown(self.tenant)}")
         self._check_stop()
         self._check_stop_token_ids()
         self._check_token_rules()

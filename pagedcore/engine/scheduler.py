@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import time
-from collections import deque
 from dataclasses import dataclass
 
 from pagedcore._core import BlockManager
@@ -19,12 +18,14 @@ from pagedcore.engine.outputs import (
     ranked_outputs,
 )
 from pagedcore.engine.pinned_prefixes import PinnedPrefixes
+from pagedcore.engine.precedence import Shortage, count_victims, rank_of
 from pagedcore.engine.sequence import NEVER, FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup, blocks_of_group
 from pagedcore.engine.step_packer import Rows, StepPacker
 from pagedcore.engine.step_plan import Int32Array, StepPlan, StepResult
 from pagedcore.engine.swap_space import PreemptionMode, SwapSpace
 from pagedcore.engine.telemetry import Recorder, StepTimes, request_record
+from pagedcore.engine.waiting_queue import WaitingQueue
 from pagedcore.errors import NonFiniteLogitsError, RequestError
 
 WATERMARK = 0.01  # share of the blocks that admission leaves free, so that the newcomer is not preempted at once
@@ -48,11 +49,12 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """Owns every unfinished request as a group of sequences; continuous batching, first come, first served.
+    """Owns every unfinished request as a group of sequences; continuous batching in the order of the `WaitingQueue`.
 
-    `running` groups own blocks; `running` and `preempted` are in order of arrival. The latest arrival is preempted first,
-    with all its sequences (section 4.5), and nothing is admitted while a group is preempted or in a step that had to
-    preempt. The oldest group can therefore always go on.
+    `running` groups own blocks; `running` and `preempted` are in order of their ranks: the most urgent first, then the one
+    admitted first. The last of them is preempted first, with all its sequences (section 4.5). While a group is preempted,
+    only more urgent ones are admitted, and none in a step in which blocks ran out. The group of the first rank can therefore
+    always go on. A waiting group may preempt less urgent ones, where it lacks rows or blocks.
 
     A sequence has tokens and computed tokens; a step computes some of the difference. Prompts, their chunks, decodes
     and recomputation are this one case. `schedule` may be called before the step before has been committed: what that
@@ -70,7 +72,7 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.policy = policy
-        self.waiting: deque[SequenceGroup] = deque()
+        self.waiting = WaitingQueue()
         self.preempted: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
         self.num_preemptions = 0
@@ -85,6 +87,7 @@ class Scheduler:
         self._swap_space = SwapSpace(blocks, config.preemption_mode, config.swap_cost_tokens)
         self._pinned = PinnedPrefixes(blocks)
         self._seq_ids = itertools.count()
+        self._admissions = itertools.count()
         self._watermark_blocks = int(blocks.num_blocks * WATERMARK) if policy.is_paged else 0
         self._num_reserved_rows = 0  # the widths of the running groups
         self._with_trunk: list[SequenceGroup] = []  # running groups whose common tokens are being computed
@@ -123,7 +126,7 @@ class Scheduler:
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a new group."""
-        self.waiting.append(group)
+        self.waiting.add(group)
 
     def abort(self, group: SequenceGroup, reason: FinishReason = FinishReason.ABORT) -> None:
         """End an unfinished group wherever it is; its blocks are back in the pool on return.
@@ -153,6 +156,8 @@ class Scheduler:
         """Plan the next step, or return None when no sequence has anything to compute now."""
         budget = self.config.max_num_batched_tokens
         decodes, chunks = Rows(), Rows()
+        if self.waiting and self.policy.is_paged:
+            self._make_way()
         has_preempted, budget = self._schedule_running(decodes, chunks, budget)
         wanted = self.preempted or self.waiting
         if not has_preempted and budget > 0 and wanted and self.policy.may_admit(len(self.running)):
@@ -162,12 +167,14 @@ class Scheduler:
             return None
         rows = Rows(decodes.sequences + chunks.sequences, decodes.query_lens + chunks.query_lens)
         plan = self._packer.pack(rows, self._swap_space.take())
+        if self.waiting.is_shared:
+            self.waiting.charge_draws(plan.sequences, plan.samples)
         for group in branching:
             group.fork_tables(self.blocks)
         return plan
 
     def _schedule_running(self, decodes: Rows, chunks: Rows, budget: int) -> tuple[bool, int]:
-        """Give every running sequence its share, oldest first, preempting the latest groups where blocks run out."""
+        """Give every running sequence its share, by rank, preempting the last groups where blocks run out."""
         sequences: list[Sequence] = []
         query_lens: list[int] = []
         for seq in [seq for group in self.running for seq in group.active]:
@@ -214,13 +221,33 @@ class Scheduler:
             group.restart()
             if group.search is not None:
                 self._drop_in_flight(group)  # a beam's candidates are of use only together with its blocks
-        bisect.insort(self.preempted, group, key=lambda other: other.arrival)
+        bisect.insort(self.preempted, group, key=rank_of)
         self.num_preemptions += 1
 
+    def _make_way(self) -> None:
+        """Preempt less urgent groups for the first one that waits, where that gets it rows and blocks."""
+        group = self._next_to_admit()
+        if group is None or group.status is not GroupStatus.WAITING:
+            return
+        num_tokens = group.num_prompt_tokens  # none of them may be in the prefix cache
+        needed = blocks_of_group(self.blocks, num_tokens, num_tokens + 2, group.width) + self._watermark_blocks
+        shortage = Shortage(
+            num_rows=self._num_reserved_rows + group.width - self.config.max_num_seqs,
+            num_blocks=min(needed, self.blocks.num_blocks) - self.blocks.num_free_blocks,
+        )
+        for _ in range(count_victims(group, self.running, shortage, self.blocks)):
+            self._preempt(self.running[-1])
+
+    def _next_to_admit(self) -> SequenceGroup | None:
+        """The first of the preempted groups, unless a more urgent one waits."""
+        waiting = self.waiting.peek()
+        if self.preempted and (waiting is None or self.preempted[0].priority <= waiting.priority):
+            return self.preempted[0]
+        return waiting
+
     def _admit(self, decodes: Rows, chunks: Rows, budget: int) -> None:
-        """Admit groups in order while rows, tokens and blocks last: those that were preempted, then new ones."""
-        while budget > 0 and (self.preempted or self.waiting):
-            group = self.preempted[0] if self.preempted else self.waiting[0]
+        """Admit groups in order while rows, tokens and blocks last."""
+        while budget > 0 and (group := self._next_to_admit()) is not None:
             if self._num_reserved_rows + group.width > self.config.max_num_seqs:
                 return
             if group.has_draws_in_flight:
@@ -280,9 +307,10 @@ class Scheduler:
         )
 
     def _start(self, group: SequenceGroup) -> None:
-        """Move the group at the head of its queue to the running ones."""
+        """Move a group from its queue to the running ones."""
         if group.status is GroupStatus.WAITING:
-            self.waiting.popleft()
+            self.waiting.admit(group, group.num_prompt_tokens - group.num_cached_tokens)
+            group.rank = (group.priority, next(self._admissions))
         else:
             self.preempted.pop(0)
         group.status = GroupStatus.RUNNING
@@ -294,7 +322,7 @@ class Scheduler:
         if group.trunk is not None:
             group.trunk.slot = group.lead.slot
             self._with_trunk.append(group)
-        self.running.append(group)
+        bisect.insort(self.running, group, key=rank_of)
 
     def _branch(self, decodes: Rows, chunks: Rows) -> list[SequenceGroup]:
         """Where the common tokens of a group end with this step, add a row for each sequence that draws behind them.
@@ -453,10 +481,9 @@ class Scheduler:
         self._release(group)
         if group.status is GroupStatus.RUNNING:
             self._stop_running(group)
-        elif group.status is GroupStatus.WAITING:
-            self.waiting.remove(group)
-        else:
+        elif group.status is not GroupStatus.WAITING:
             self.preempted.remove(group)
+        self.waiting.close(group, waits=group.status is GroupStatus.WAITING)
         group.status = GroupStatus.FINISHED
         self.num_finished[reason] += 1
         if self._recorder is not None:
@@ -524,6 +551,7 @@ class Scheduler:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
+            num_waiting_tokens=self.waiting.num_tokens,
             num_preempted=len(self.preempted),
             num_swapped=sum(group.status is GroupStatus.SWAPPED for group in self.preempted),
             block_size=self.blocks.block_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from pagedcore._core import BlockManager
 from pagedcore.engine.beam_search import BeamSearch, Continuation
 from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason, Sequence
+
+if TYPE_CHECKING:
+    from pagedcore.engine.fair_queue import TenantAccount
 
 
 class GroupStatus(Enum):
@@ -39,13 +43,16 @@ class SequenceGroup:
     ones, unless several of them have tokens in common that have to be computed (a prompt before the first draws; prompt and
     equal output after a preemption). Those tokens are then computed once, as the sequence `trunk` in the block table of
     `lead`, and when the last of them is planned, the other sequences fork that table and go on by themselves.
-    `width` is how many rows and block tables the group may come to have; `arrival` orders groups.
+    `width` is how many rows and block tables the group may come to have.
+    `arrival` orders groups that wait; `rank`, (priority, order of admission), those that have been admitted: the last one
+    is preempted first. `account` is its tenant's.
     `held` are ended sequences whose outputs are still to be ranked. Steps before `restarted_at` do not concern it any more.
     `num_ended_tokens`: output tokens of the sequences that have ended. `scheduled_at`, `first_token_at`: when the group was first
     admitted and drew first, in seconds of `time.monotonic`; None: not yet.
     """
 
     __slots__ = (
+        "account",
         "active",
         "arrival",
         "finish_reason",
@@ -58,7 +65,10 @@ class SequenceGroup:
         "num_ended_tokens",
         "num_logprobs",
         "num_outputs",
+        "num_prompt_tokens",
         "num_swapped_blocks",
+        "priority",
+        "rank",
         "ranks_outputs",
         "request_id",
         "restarted_at",
@@ -66,9 +76,12 @@ class SequenceGroup:
         "search",
         "sequences",
         "status",
+        "tenant",
         "trunk",
         "width",
     )
+
+    account: TenantAccount
 
     def __init__(self, first: Sequence) -> None:
         """`first`: the sequence of index 0, or the first beam; the others come into being when the prompt has been computed."""
@@ -76,6 +89,10 @@ class SequenceGroup:
         first.group = self
         self.request_id = first.request.request_id
         self.arrival = first.seq_id
+        self.priority = params.priority
+        self.tenant = params.tenant
+        self.rank = (params.priority, first.seq_id)
+        self.num_prompt_tokens = first.num_prompt_tokens
         self.sequences = [first]
         self.active = self.sequences
         self.lead = first

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
+from pagedcore.engine.deadlines import Deadline
 from pagedcore.engine.engine_thread import EngineThread
 from pagedcore.engine.outputs import TokenOutput
+from pagedcore.engine.queue_limits import QueueLimits, RefusalReason
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import FinishReason
-from pagedcore.errors import EngineDeadError, RequestError
+from pagedcore.errors import DeadlineError, EngineDeadError, OverloadedError, RequestError
 from tests.engine.test_schedule_invariance import expected, make_engine, make_requests
 from tests.reference.fake_model import FakeExecutor
 
 WAIT = 20.0
+NO_LIMITS = QueueLimits()
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Collector:
 @pytest.fixture
 def running() -> Iterator[tuple[EngineThread, FakeExecutor]]:
     engine, executor, _ = make_engine(num_blocks=48)
-    thread = EngineThread(engine)
+    thread = EngineThread(engine, NO_LIMITS)
     thread.start()
     yield thread, executor
     thread.shutdown()
@@ -96,17 +100,17 @@ def test_aborts_race_with_the_engine_and_still_end_once(running: tuple[EngineThr
             assert sink.token_ids == wanted[name]
 
 
-def test_refusals_are_raised_and_a_duplicate_id_is_answered(running: tuple[EngineThread, FakeExecutor]) -> None:
+def test_refusals_are_raised(running: tuple[EngineThread, FakeExecutor]) -> None:
     thread, _ = running
     with pytest.raises(RequestError, match="prompt is empty"):
         thread.submit(Request("empty", [], SamplingParams()), Collector())
     first, second = Collector(), Collector()
     request = Request("twice", [1, 2, 3], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
     thread.submit(request, first)
-    thread.submit(request, second)
-    assert first.ended.wait(WAIT) and second.ended.wait(WAIT)
-    assert first.reason is FinishReason.LENGTH
-    assert second.reason is FinishReason.ERROR and "in use" in str(second.outputs[-1].error)
+    with pytest.raises(RequestError, match="'twice' is in use"):
+        thread.submit(request, second)
+    assert first.ended.wait(WAIT)
+    assert first.reason is FinishReason.LENGTH and not second.outputs
 
 
 def test_shutdown_ends_what_is_open_and_refuses_what_comes(running: tuple[EngineThread, FakeExecutor]) -> None:
@@ -206,3 +210,97 @@ def test_shutdown_does_not_wait_for_a_step_that_never_ends(running: tuple[Engine
     thread.shutdown(timeout=0.2)
     assert all(sink.ended.is_set() for sink in sinks)
     executor.hang.set()
+
+
+def hanging(*, limits: QueueLimits = NO_LIMITS) -> tuple[EngineThread, threading.Event, Collector]:
+    """An engine whose step in hand does not end before the event is set, and the request that is in it."""
+    engine, executor, _ = make_engine(num_blocks=48)
+    executor.hang, executor.hang_from = threading.Event(), 6
+    thread = EngineThread(engine, limits)
+    thread.start()
+    first = Collector()
+    thread.submit(Request("first", [1] * 9, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)), first)
+    assert executor.hangs.wait(WAIT)
+    return thread, executor.hang, first
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "the condition does not come true"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths", "last", "reason", "message"),
+    [
+        (
+            QueueLimits(max_queue_size=3),
+            [9, 9, 9],
+            1,
+            RefusalReason.QUEUE_SIZE,
+            "3 requests are waiting, and max_queue_size is 3",
+        ),
+        (
+            QueueLimits(max_queue_tokens=40),
+            [30, 10],
+            1,
+            RefusalReason.QUEUE_TOKENS,
+            "requests with 40 prompt tokens are waiting, this one has 1, and max_queue_tokens is 40",
+        ),
+        (QueueLimits(9, 20), [50], 5, RefusalReason.QUEUE_TOKENS, "with 50 prompt tokens .* has 5, .* is 20"),
+    ],
+)
+def test_a_full_queue_refuses_at_once_and_takes_requests_again_when_it_is_shorter(
+    limits: QueueLimits, lengths: list[int], last: int, reason: RefusalReason, message: str
+) -> None:
+    thread, hang, first = hanging(limits=limits)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    sinks = [Collector() for _ in lengths]
+    for number, (length, sink) in enumerate(zip(lengths, sinks, strict=True)):
+        thread.submit(Request(str(number), [2] * length, params), sink)
+    for _ in range(2):
+        with pytest.raises(OverloadedError, match=f"the queue is full: .*{message}; try again later"):
+            thread.submit(Request("too many", [3] * last, params), Collector())
+    assert thread.stats().refused_total[reason] == 2
+    assert thread.stats().num_waiting == len(lengths)
+    hang.set()
+    assert first.ended.wait(WAIT) and all(sink.ended.wait(WAIT) for sink in sinks)
+    again = Collector()
+    thread.submit(Request("too many", [3] * last, params), again)
+    assert again.ended.wait(WAIT) and again.reason is FinishReason.LENGTH
+    thread.shutdown()
+
+
+def test_deadlines_are_kept_while_the_engine_hangs_and_the_blocks_come_back_after_it() -> None:
+    thread, hang, _ = hanging()
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    late, patient = Collector(), Collector()
+    thread.submit(Request("late", [2] * 9, params, deadline=Deadline(0.05, time.monotonic())), late)
+    thread.submit(Request("patient", [2] * 9, params, deadline=Deadline(3600, time.monotonic())), patient)
+    assert late.ended.wait(WAIT)
+    error = late.outputs[-1].error
+    assert isinstance(error, DeadlineError)
+    assert re.fullmatch(r"deadline of 50 ms exceeded after \d+ ms \(queued, 0 tokens generated\)", str(error))
+    assert thread.stats().expired_total == 1
+    assert not patient.ended.is_set()
+    hang.set()
+    assert patient.ended.wait(WAIT) and patient.reason is FinishReason.LENGTH
+    until(lambda: thread.stats().num_free_blocks == thread.stats().num_blocks)
+    thread.shutdown()
+
+
+def test_a_deadline_ends_a_running_request_once_and_says_how_far_it_got() -> None:
+    engine, executor, _ = make_engine(num_blocks=48)
+    thread = EngineThread(engine, NO_LIMITS)
+    thread.start()
+    sink = Collector()
+    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    executor.hang, executor.hang_from = threading.Event(), 6
+    thread.submit(Request("x", [2] * 9, params, deadline=Deadline(0.5, time.monotonic())), sink)
+    assert sink.ended.wait(WAIT)
+    found = re.search(r"\(running, (\d+) tokens generated\)", str(sink.outputs[-1].error))
+    assert found is not None and int(found[1]) == len(sink.token_ids) > 0
+    executor.hang.set()
+    until(lambda: thread.stats().num_free_blocks == thread.stats().num_blocks)
+    thread.shutdown()

@@ -145,7 +145,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beam_width": 4, "temperature": 0, "early_stopping": "maybe"}, r'true, false or "never", got \'maybe\''),
     ({"beam_width": 4, "temperature": 0, "length_penalty": 6}, r"length_penalty must be a number in \[-5, 5\], got 6"),
     ({"prompt_logprobs": 0}, r"prompt_logprobs is not supported"),
-    ({"priority": 1}, r"priority is not supported in this version and must be left out, got 1"),
+    ({"priority": 2**31}, r"priority must be an integer in \[-2147483648, 2147483647\], got 2147483648"),
+    ({"priority": 0.5}, r"priority must be an integer in .*, got 0.5"),
+    ({"tenant": 7}, "tenant must be a text of at most 128 characters, got 7"),
+    ({"tenant": "x" * 129}, "tenant must be a text of at most 128 characters, got 'xxx"),
     ({"flat_logprobs": True}, r"flat_logprobs is not supported"),
     ({"output_kind": 1}, r"output_kind is not supported"),
     ({"logits_processors": [print]}, r"logits_processors is not supported"),
@@ -200,7 +203,7 @@ def test_token_rules_are_normalized() -> None:
 
 
 def test_parameters_of_vllm_that_ask_for_nothing_are_accepted() -> None:
-    neutral = {"prompt_logprobs": None, "flat_logprobs": False, "priority": 0, "structured_outputs": None}
+    neutral = {"prompt_logprobs": None, "flat_logprobs": False, "structured_outputs": None}
     assert SamplingParams.from_dict(neutral) == SamplingParams()
 
 

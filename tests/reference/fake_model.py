@@ -88,7 +88,8 @@ class FakeExecutor:
 
     Work is done in `wait`, as late as possible, so that a plan made one step ahead cannot peek at drawn tokens.
     `fail_steps`: step ids whose wait() raises. `broken_steps`: ids of steps that report logits that are not finite.
-    `short_steps`: ids of steps whose result lacks rows. `hang`: steps wait for it.
+    `short_steps`: ids of steps whose result lacks rows. `hang`: steps wait for it, from the one
+    with the id `hang_from` on; `hangs` is set when one does.
     """
 
     def __init__(
@@ -108,6 +109,8 @@ class FakeExecutor:
         self.broken_steps: set[int] = set()
         self.short_steps: set[int] = set()
         self.hang: threading.Event | None = None
+        self.hang_from = 0
+        self.hangs = threading.Event()
         self.num_rows: list[int] = []
         self.num_tokens: list[int] = []
         self.num_copies: list[int] = []
@@ -136,7 +139,8 @@ class FakeExecutor:
             destination[dst * bs : (dst + 1) * bs] = block
 
     def _run(self, plan: StepPlan) -> StepResult:
-        if self.hang is not None:
+        if self.hang is not None and plan.step_id >= self.hang_from:
+            self.hangs.set()
             self.hang.wait()
         if plan.step_id in self.fail_steps:
             self._last_ids = {}  # what a step that was launched behind it refers to is nothing of use

@@ -78,14 +78,19 @@ class GrpcStream:
         request_id: str = "",
         parameters: dict[str, Any] | None = None,
         outputs: Sequence[str] = (),
+        timeout: int | None = None,
     ) -> None:
-        """`inputs` by name, as Python values; a list makes a tensor of its length. No `outputs` means all of them."""
+        """`inputs` by name, as Python values; a list makes a tensor of its length. No `outputs` means all of them.
+
+        `timeout`: Triton's, of the request, in microseconds.
+        """
         self._client.async_stream_infer(
             self._model,
             [_tensor(name, value) for name, value in inputs.items()],
             outputs=[grpcclient.InferRequestedOutput(name) for name in outputs] or None,
             request_id=request_id,
             parameters=parameters,
+            timeout=timeout,
             enable_empty_final_response=True,
         )
 
@@ -107,6 +112,15 @@ class GrpcStream:
             {name: [v.decode() if isinstance(v, bytes) else v for v in value] for name, value in values.items()},
             {output.name: (output.datatype, list(output.shape)) for output in response.outputs},
         )
+
+    def arrived(self) -> list[str]:
+        """The texts of the responses that have arrived and have not been asked for; errors are left out."""
+        texts: list[str] = []
+        while not self._responses.empty():
+            result, error = self._responses.get()
+            if error is None:
+                texts += [text.decode() for text in result.as_numpy("text_output")]
+        return texts
 
     def cancel(self) -> None:
         self._client.stop_stream(cancel_requests=True)

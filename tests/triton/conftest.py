@@ -48,6 +48,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 
 
 @pytest.fixture(scope="session")
+def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server with little room: prompts take many steps, requests queue up, and running ones are preempted."""
+    folder = tmp_path_factory.mktemp("small")
+    repository = write_repository(
+        folder,
+        max_num_seqs=4,
+        num_gpu_blocks_override=80,
+        max_num_batched_tokens=32,
+        enable_prefix_caching=False,
+        max_queue_size=3,
+        max_queue_tokens=1500,
+    )
+    with TritonServer(
+        repository, log_path=folder / "tritonserver.log", extra_args=["--exit-timeout-secs=5"]
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def judge() -> Judge:
     return Judge(ensure_default_model())
 

@@ -50,3 +50,14 @@ class Judge:
                 output.append(int(logits.argmax()))
         torch.set_num_threads(threads)
         return Continuation(prompt_ids, output, [self.tokenizer.decode([i]) for i in output], logprobs)
+
+    def beams(self, prompt: str, beam_width: int, num_outputs: int, num_tokens: int) -> list[str]:
+        """The texts that beam search finds, best first."""
+        inputs = self.tokenizer(prompt, return_tensors="pt")
+        settings = {"num_beams": beam_width, "num_return_sequences": num_outputs, "do_sample": False}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        found = self._model.generate(**inputs, **settings, max_new_tokens=num_tokens)
+        torch.set_num_threads(threads)
+        texts: list[str] = self.tokenizer.batch_decode(found[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        return texts

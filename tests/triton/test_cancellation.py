@@ -64,6 +64,85 @@ def test_closing_an_http_connection(server: TritonServer, all_blocks_free: Calla
     assert fastest(close) < LIMIT
 
 
+def blocks_in_use(server: TritonServer) -> float:
+    total, free = (metric(server.metrics_url, f"pagedcore:kv_blocks_{name}") for name in ("total", "free"))
+    return total - free
+
+
+def num_cancelled(server: TritonServer) -> int:
+    """How often the server has ended a request with CANCELLED."""
+    log = server.log_path.read_text()
+    assert "cannot be told" not in log, "an error response that Triton refused: there had been a final one"
+    return log.count("Successfully cancelled the request")
+
+
+def prompt_of(num_tokens: int) -> str:
+    return " a" * num_tokens
+
+
+def test_cancelling_a_queued_request(small_server: TritonServer) -> None:
+    """It leaves the queue although it has never run, and the running requests do not notice."""
+    before = num_cancelled(small_server)
+    with grpc_stream(small_server.grpc_url) as running, grpc_stream(small_server.grpc_url) as queued:
+        for _ in range(4):
+            running.send(endless())
+        wait_until(lambda: num_running(small_server) == 4)
+        queued.send(endless())
+        wait_until(lambda: metric(small_server.metrics_url, "vllm:num_requests_waiting") == 1)
+        queued.cancel()
+        wait_until(lambda: metric(small_server.metrics_url, "vllm:num_requests_waiting") == 0)
+        assert queued.arrived() == []
+        assert num_running(small_server) == 4
+        wait_until(lambda: num_cancelled(small_server) == before + 1)
+        running.next()
+        running.cancel()
+        wait_until(lambda: blocks_in_use(small_server) == 0)
+    wait_until(lambda: num_cancelled(small_server) == before + 5)
+
+
+def test_cancelling_in_the_middle_of_a_prompt(small_server: TritonServer) -> None:
+    before = num_cancelled(small_server)
+    with grpc_stream(small_server.grpc_url) as stream:
+        stream.send(endless(text_input=prompt_of(900), sampling_parameters='{"max_tokens": 9}'))
+        wait_until(lambda: blocks_in_use(small_server) > 0)
+        stream.cancel()
+        wait_until(lambda: blocks_in_use(small_server) == 0)
+        assert stream.arrived() == [], "the prompt had not been computed"
+    wait_until(lambda: num_cancelled(small_server) == before + 1)
+
+
+def test_cancelling_a_preempted_request(small_server: TritonServer) -> None:
+    before = num_cancelled(small_server)
+    inputs = endless(text_input=prompt_of(600), sampling_parameters='{"max_tokens": 400, "ignore_eos": true}')
+    with grpc_stream(small_server.grpc_url) as first, grpc_stream(small_server.grpc_url) as second:
+        first.send(inputs)
+        first.next()
+        second.send(inputs)
+        second.next()
+        wait_until(lambda: num_running(small_server) == 2)
+        wait_until(lambda: num_running(small_server) == 1)  # there are 40 blocks for each of them, so 640 tokens
+        second.cancel()
+        wait_until(lambda: num_cancelled(small_server) == before + 1)
+        first.arrived()
+        first.next()
+        assert num_running(small_server) == 1
+        first.cancel()
+        wait_until(lambda: blocks_in_use(small_server) == 0)
+
+
+def test_cancelling_at_about_the_last_token(small_server: TritonServer) -> None:
+    """Whoever is first, the request ends once."""
+    for number in range(8):
+        before = num_cancelled(small_server)
+        with grpc_stream(small_server.grpc_url) as stream:
+            stream.send(endless(sampling_parameters='{"max_tokens": 5, "ignore_eos": true}'))
+            for _ in range(3 + number % 3):
+                final = stream.next()[2]
+            stream.cancel()
+            wait_until(lambda: blocks_in_use(small_server) == 0)
+            assert num_cancelled(small_server) <= before + (not final)
+
+
 def test_many_cancelled_at_once(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
     with grpc_stream(server.grpc_url) as stream:
         for _ in range(40):

@@ -212,6 +212,17 @@ def test_the_best_outputs_of_more_draws_come_at_the_end(server: TritonServer) ->
     assert responses[0].values["cumulative_logprob"] == pytest.approx(sorted(sums, reverse=True)[:2], abs=1e-3)
 
 
+def test_beams_are_those_of_transformers(server: TritonServer, judge: Judge) -> None:
+    sampling = {"beam_width": 3, "n": 2, "ignore_eos": False}
+    for stream in (True, False):
+        (response,) = ask(
+            server, stream=stream, sampling=sampling, exclude_input_in_output=True, return_cumulative_logprob=True
+        )
+        assert response.values["text_output"] == judge.beams(PROMPT, 3, 2, NUM_TOKENS)
+        best, second = response.values["cumulative_logprob"]
+        assert 0 > best >= second
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_http_has_the_same_values_as_fields(server: TritonServer, reference: Continuation, stream: bool) -> None:
     body = {

@@ -15,7 +15,7 @@ from pagedcore_triton.sequence_output import SequenceOutput
 from pagedcore.engine.outputs import TokenOutput
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import FinishReason
-from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError
+from pagedcore.errors import DeadlineError, EngineDeadError, NonFiniteLogitsError, OverloadedError, RequestError
 from pagedcore.serve.default_model import ensure_default_model
 from pagedcore.text import OutputText, Tokenizer, load_tokenizer
 
@@ -288,6 +288,8 @@ def test_a_stop_string_ends_the_request_and_stops_the_engine(
     [
         (RequestError("top_k must be ..."), ErrorCode.INVALID_ARG, "Error generating stream: top_k must be ..."),
         (EngineDeadError("it died"), ErrorCode.UNAVAILABLE, "Error generating stream: it died"),
+        (OverloadedError("it is full"), ErrorCode.UNAVAILABLE, "Error generating stream: it is full"),
+        (DeadlineError("too late"), ErrorCode.UNAVAILABLE, "Error generating stream: too late"),
         (NonFiniteLogitsError("not finite"), ErrorCode.INTERNAL, "Error generating stream: not finite"),
         (ZeroDivisionError("/secret"), ErrorCode.INTERNAL, "internal error (ZeroDivisionError), see the server's log"),
     ],
