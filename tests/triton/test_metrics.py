@@ -47,7 +47,7 @@ ASKED_FOR = {
     "nv_trt_llm_kv_cache_block_metrics vllm:num_requests_swapped "
     "vllm:cpu_cache_usage_perc pagedcore:kv_blocks_total pagedcore:kv_blocks_free pagedcore:kv_blocks_cached",
     "counter": "vllm:prefix_cache_queries_total vllm:prefix_cache_hits_total vllm:num_preemptions_total "
-    "vllm:request_success_total pagedcore:requests_refused_total pagedcore:engine_steps_total "
+    "vllm:request_success_total pagedcore:requests_refused_total pagedcore:requests_expired_total pagedcore:engine_steps_total "
     "pagedcore:prefix_cache_evictions_total pagedcore:swapped_blocks_total "
     "pagedcore:observations_dropped_total",
     "histogram": "vllm:inter_token_latency_seconds vllm:iteration_tokens_total vllm:request_queue_time_seconds "
@@ -160,9 +160,9 @@ def test_phases_of_a_request_add_up(server: TritonServer, all_blocks_free: Calla
 def test_requests_that_do_not_complete(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
     growth = Growth(server)
     assert generate(server.http_url, inputs("Once", False, temperature=-1)).error is not None
-    growth.wait_for("pagedcore:requests_refused_total", 1, reason="invalid_arg")
+    growth.wait_for("pagedcore:requests_refused_total", 1, reason="invalid")
     assert generate(server.http_url, inputs("word " * 2000, False, max_tokens=1)).error is not None
-    growth.wait_for("pagedcore:requests_refused_total", 2, reason="invalid_arg")
+    growth.wait_for("pagedcore:requests_refused_total", 2, reason="invalid")
     with grpc_stream(server.grpc_url) as stream:
         stream.send(inputs("Once upon a time", max_tokens=900))
         stream.next()
