@@ -11,12 +11,10 @@ import pytest
 from pagedcore_triton.allowance import Allowance
 
 from pagedcore.serve.triton_server import TritonServer
-from tests.triton.clients import MODEL, generate, generate_grpc, grpc_stream, metrics_text, wait_until
+from tests.triton.clients import generate, generate_grpc, grpc_stream, metrics_text, wait_until
 from tests.triton.conftest import ENGINE_ARGUMENTS
+from tests.triton.samples import OWN_LABELS, Growth, parse
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-OWN_LABELS = frozenset({("model", MODEL), ("version", "1")})
 _POWERS = [digit * 10**power for power in range(4) for digit in (1, 2, 5)]
 TOKEN_COUNTS = [value for value in _POWERS if value <= ENGINE_ARGUMENTS["max_model_len"]]
 # Families of vllm_backend: kind, help text, buckets.
@@ -54,29 +52,6 @@ ASKED_FOR = {
     "vllm:request_prefill_time_seconds vllm:request_decode_time_seconds vllm:request_inference_time_seconds "
     "vllm:request_params_best_of vllm:request_params_max_tokens pagedcore:cancel_to_free_seconds",
 }
-
-
-def parse(text: str) -> Samples:
-    samples: Samples = {}
-    for name, labels, value in re.findall(r"^([\w:]+)\{([^}]*)\} (\S+)$", text, re.MULTILINE):
-        samples[name, frozenset(re.findall(r'(\w+)="([^"]*)"', labels))] = float(value)
-    return samples
-
-
-class Growth:
-    """How much counters and histograms have grown since this was made."""
-
-    def __init__(self, server: TritonServer) -> None:
-        self._url = server.metrics_url
-        self._before = parse(metrics_text(self._url))
-
-    def of(self, name: str, **labels: str) -> float:
-        key = name, OWN_LABELS | frozenset(labels.items())
-        return parse(metrics_text(self._url))[key] - self._before[key]
-
-    def wait_for(self, name: str, amount: float, **labels: str) -> None:
-        wait_until(lambda: self.of(name, **labels) >= amount)
-        assert self.of(name, **labels) == amount
 
 
 def inputs(prompt: str, stream: bool = True, **sampling: Any) -> dict[str, Any]:

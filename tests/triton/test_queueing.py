@@ -12,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import GrpcStream, generate, grpc_stream, metric, wait_until
+from tests.triton.samples import Growth
 
 HELLO: dict[str, Any] = {"text_input": "Hello", "sampling_parameters": '{"max_tokens": 4, "temperature": 0}'}
 
@@ -38,6 +39,7 @@ def busy(server: TritonServer, priority: int = 0) -> Iterator[GrpcStream]:
 
 
 def test_a_full_queue_answers_unavailable_with_the_numbers(small_server: TritonServer) -> None:
+    growth = Growth(small_server)
     with busy(small_server), grpc_stream(small_server.grpc_url) as queued:
         for _ in range(3):
             queued.send(HELLO)
@@ -60,12 +62,15 @@ def test_a_full_queue_answers_unavailable_with_the_numbers(small_server: TritonS
     assert re.search(
         "requests with 1000 prompt tokens are waiting, this one has 600, and max_queue_tokens is 1500", answer.error
     )
+    for reason in ("queue_size", "queue_tokens"):
+        growth.wait_for("pagedcore:requests_refused_total", 1, reason=reason)
     assert generate(small_server.http_url, HELLO).error is None
 
 
 @pytest.mark.parametrize("state", ["queued", "running"])
 def test_a_request_ends_at_its_deadline(small_server: TritonServer, state: str) -> None:
     """Triton's own request timeout, in microseconds."""
+    growth = Growth(small_server)
     endless = {"text_input": "Hello", "sampling_parameters": '{"max_tokens": 900, "ignore_eos": true}'}
 
     def ask(stream: GrpcStream) -> str:
@@ -85,6 +90,7 @@ def test_a_request_ends_at_its_deadline(small_server: TritonServer, state: str) 
     assert found is not None, error
     assert found[2] == state
     assert (int(found[3]) > 0) == (state == "running")
+    growth.wait_for("pagedcore:requests_expired_total", 1)
     wait_until(lambda: gauge(small_server, "running") + gauge(small_server, "waiting") == 0)
 
 
