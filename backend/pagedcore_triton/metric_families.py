@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pagedcore.engine.outputs import EngineStats
+from pagedcore.engine.queue_limits import RefusalReason
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.engine.telemetry import Records, RequestRecord
 from pagedcore_triton.allowance import Observation
@@ -25,12 +26,13 @@ STEP_TOKEN_BUCKETS = tuple(float(number) for number in (1, *(2**power for power 
 COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
 CANCEL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
-REFUSAL_REASONS = ("invalid_arg", "unavailable", "internal")
+INTERNAL = "internal"  # beside the engine's reasons to refuse a request: it failed before it reached the engine
+REFUSAL_REASONS = (*(reason.value for reason in RefusalReason), INTERNAL)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state to export: the engine's, and what never reached it or was not observed. `refused`: requests by reason."""
+    """The state to export: the engine's, requests refused by it or before it, by reason, and what was not observed."""
 
     engine: EngineStats
     refused: dict[str, int]
@@ -65,6 +67,11 @@ def gauges() -> list[Scalar]:
             "vllm:num_requests_waiting",
             "Number of requests waiting to be computed, those that were preempted among them.",
             lambda now: now.engine.num_waiting + now.engine.num_preempted,
+        ),
+        Scalar(
+            "pagedcore:num_tokens_waiting",
+            "Number of prompt tokens of the requests that have not begun.",
+            lambda now: now.engine.num_waiting_tokens,
         ),
         Scalar("vllm:kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.", _usage),
         Scalar(
@@ -139,6 +146,11 @@ def counters() -> list[Scalar]:
         Scalar("pagedcore:engine_steps_total", "Number of steps.", lambda now: now.engine.steps_total),
         *(_finished_counter(reason) for reason in FinishReason),
         *(_refused_counter(reason) for reason in REFUSAL_REASONS),
+        Scalar(
+            "pagedcore:requests_expired_total",
+            "Count of requests that ended at their deadline.",
+            lambda now: now.engine.expired_total,
+        ),
         Scalar(
             "pagedcore:observations_dropped_total",
             "Observations left out of the histograms to bound what they cost.",
@@ -294,7 +306,7 @@ def _refused_counter(reason: str) -> Scalar:
     return Scalar(
         "pagedcore:requests_refused_total",
         "Count of requests that were answered with an error at once.",
-        lambda now: now.refused.get(reason, 0),
+        lambda now: now.refused[reason],
         {"reason": reason},
     )
 

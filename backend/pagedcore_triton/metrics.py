@@ -92,7 +92,7 @@ class Metrics:
         self._thread.join(timeout)
 
     def count_refused(self, reason: str) -> None:
-        """Count a request that was answered with an error at once. For the thread that takes requests."""
+        """Count a request that was answered before it reached the engine, which counts those it refuses. For one thread."""
         self._refused[reason] += 1
 
     def _run(self) -> None:
@@ -138,7 +138,11 @@ class Metrics:
             for value in observer.allowance.choose(observer.values(records), seconds):
                 observer.metric.observe(value)
         num_dropped = self._num_lost + sum(observer.allowance.num_dropped for observer in self._histograms)
-        snapshot = Snapshot(self._source.stats(), dict(self._refused), num_dropped)
+        stats = self._source.stats()
+        refused = dict(self._refused)
+        for reason, number in stats.refused_total.items():
+            refused[reason.value] += number
+        snapshot = Snapshot(stats, refused, num_dropped)
         for line in self._gauges:
             if line.move(snapshot):
                 line.metric.set(line.shown)

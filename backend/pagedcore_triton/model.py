@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from pagedcore.config import EngineConfig
 from pagedcore.engine.deadlines import Deadline
+from pagedcore.engine.queue_limits import RefusalReason
 from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.telemetry import Recorder
@@ -23,6 +24,7 @@ from pagedcore.serve.default_model import resolve_model
 from pagedcore.text import OutputText
 from pagedcore_triton.json_text import parse_json_object
 from pagedcore_triton.lifecycle import Lifecycle
+from pagedcore_triton.metric_families import INTERNAL
 from pagedcore_triton.metrics import Metrics, MetricsSource
 from pagedcore_triton.protocol import INPUTS, OUTPUTS, InputTensor, OutputDelta, OutputTensor, encode
 from pagedcore_triton.requests import GenerateRequest, encode_prompt, parse_request, parse_timeout
@@ -166,7 +168,6 @@ class TritonPythonModel:
         except Exception as error:
             # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
             self._senders.discard(stream)
-            self._count_refused(error_of(error)[0])
             stream.refuse(error)
 
     def _sequence_outputs(self, generate: GenerateRequest, prompt_token_ids: list[int]) -> list[SequenceOutput]:
@@ -198,7 +199,8 @@ class TritonPythonModel:
 
     def _count_refused(self, code: ErrorCode) -> None:
         if self._metrics is not None:
-            self._metrics.count_refused(code.value.lower())
+            reason = RefusalReason.INVALID.value if code is ErrorCode.INVALID_ARG else INTERNAL
+            self._metrics.count_refused(reason)
 
 
 def _check_model_config(model_config: dict[str, Any]) -> None:

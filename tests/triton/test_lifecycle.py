@@ -13,7 +13,7 @@ import pytest
 
 from pagedcore.serve.triton_server import TritonServer
 from tests.serve.processes import processes_with, shared_memory_with
-from tests.triton.clients import MODEL, generate, grpc_stream, metric, metrics_text, wait_until
+from tests.triton.clients import MODEL, generate, grpc_stream, metrics_text, wait_until
 from tests.triton.conftest import write_arguments, write_repository
 
 _INTEGER_PROMPT = 'input [{ name: "text_input" data_type: TYPE_INT32 dims: [1] }]'

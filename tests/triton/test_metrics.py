@@ -11,12 +11,10 @@ import pytest
 from pagedcore_triton.allowance import Allowance
 
 from pagedcore.serve.triton_server import TritonServer
-from tests.triton.clients import MODEL, generate, generate_grpc, grpc_stream, metrics_text, wait_until
+from tests.triton.clients import generate, generate_grpc, grpc_stream, metrics_text, wait_until
 from tests.triton.conftest import ENGINE_ARGUMENTS
+from tests.triton.samples import OWN_LABELS, Growth, parse
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-OWN_LABELS = frozenset({("model", MODEL), ("version", "1")})
 _POWERS = [digit * 10**power for power in range(4) for digit in (1, 2, 5)]
 TOKEN_COUNTS = [value for value in _POWERS if value <= ENGINE_ARGUMENTS["max_model_len"]]
 # Families of vllm_backend: kind, help text, buckets.
@@ -47,36 +45,13 @@ ASKED_FOR = {
     "nv_trt_llm_kv_cache_block_metrics vllm:num_requests_swapped "
     "vllm:cpu_cache_usage_perc pagedcore:kv_blocks_total pagedcore:kv_blocks_free pagedcore:kv_blocks_cached",
     "counter": "vllm:prefix_cache_queries_total vllm:prefix_cache_hits_total vllm:num_preemptions_total "
-    "vllm:request_success_total pagedcore:requests_refused_total pagedcore:engine_steps_total "
+    "vllm:request_success_total pagedcore:requests_refused_total pagedcore:requests_expired_total pagedcore:engine_steps_total "
     "pagedcore:prefix_cache_evictions_total pagedcore:swapped_blocks_total "
     "pagedcore:observations_dropped_total",
     "histogram": "vllm:inter_token_latency_seconds vllm:iteration_tokens_total vllm:request_queue_time_seconds "
     "vllm:request_prefill_time_seconds vllm:request_decode_time_seconds vllm:request_inference_time_seconds "
     "vllm:request_params_best_of vllm:request_params_max_tokens pagedcore:cancel_to_free_seconds",
 }
-
-
-def parse(text: str) -> Samples:
-    samples: Samples = {}
-    for name, labels, value in re.findall(r"^([\w:]+)\{([^}]*)\} (\S+)$", text, re.MULTILINE):
-        samples[name, frozenset(re.findall(r'(\w+)="([^"]*)"', labels))] = float(value)
-    return samples
-
-
-class Growth:
-    """How much counters and histograms have grown since this was made."""
-
-    def __init__(self, server: TritonServer) -> None:
-        self._url = server.metrics_url
-        self._before = parse(metrics_text(self._url))
-
-    def of(self, name: str, **labels: str) -> float:
-        key = name, OWN_LABELS | frozenset(labels.items())
-        return parse(metrics_text(self._url))[key] - self._before[key]
-
-    def wait_for(self, name: str, amount: float, **labels: str) -> None:
-        wait_until(lambda: self.of(name, **labels) >= amount)
-        assert self.of(name, **labels) == amount
 
 
 def inputs(prompt: str, stream: bool = True, **sampling: Any) -> dict[str, Any]:
@@ -160,9 +135,9 @@ def test_phases_of_a_request_add_up(server: TritonServer, all_blocks_free: Calla
 def test_requests_that_do_not_complete(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:
     growth = Growth(server)
     assert generate(server.http_url, inputs("Once", False, temperature=-1)).error is not None
-    growth.wait_for("pagedcore:requests_refused_total", 1, reason="invalid_arg")
+    growth.wait_for("pagedcore:requests_refused_total", 1, reason="invalid")
     assert generate(server.http_url, inputs("word " * 2000, False, max_tokens=1)).error is not None
-    growth.wait_for("pagedcore:requests_refused_total", 2, reason="invalid_arg")
+    growth.wait_for("pagedcore:requests_refused_total", 2, reason="invalid")
     with grpc_stream(server.grpc_url) as stream:
         stream.send(inputs("Once upon a time", max_tokens=900))
         stream.next()

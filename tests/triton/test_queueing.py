@@ -12,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import GrpcStream, generate, grpc_stream, metric, wait_until
+from tests.triton.samples import Growth
 
 HELLO: dict[str, Any] = {"text_input": "Hello", "sampling_parameters": '{"max_tokens": 4, "temperature": 0}'}
 
@@ -48,6 +49,7 @@ def refusal(server: TritonServer, inputs: dict[str, Any], **send: Any) -> str:
 
 
 def test_a_full_queue_answers_unavailable_with_the_numbers(small_server: TritonServer) -> None:
+    growth = Growth(small_server)
     size = (
         "Error generating stream: the queue is full: 3 requests are waiting, and max_queue_size is 3; try again later"
     )
@@ -66,6 +68,8 @@ def test_a_full_queue_answers_unavailable_with_the_numbers(small_server: TritonS
             wait_until(lambda: gauge(small_server, "waiting") == 1)
             assert tokens in refusal(small_server, HELLO | {"text_input": " a" * 600})
             queued.cancel()
+    growth.wait_for("pagedcore:requests_refused_total", 2, reason="queue_size")
+    growth.wait_for("pagedcore:requests_refused_total", 1, reason="queue_tokens")
     assert generate(small_server.http_url, HELLO).error is None
 
 
@@ -75,6 +79,7 @@ ENDLESS = {"text_input": "Hello", "sampling_parameters": '{"max_tokens": 900, "i
 @pytest.mark.parametrize("state", ["queued", "running"])
 def test_a_request_ends_at_its_deadline(small_server: TritonServer, state: str) -> None:
     """Triton's own request timeout, in microseconds."""
+    growth = Growth(small_server)
     if state == "running":
         error = refusal(small_server, ENDLESS, timeout=400_000)
     else:
@@ -85,6 +90,7 @@ def test_a_request_ends_at_its_deadline(small_server: TritonServer, state: str) 
     assert found is not None, error
     assert found[2] == state
     assert (int(found[3]) > 0) == (state == "running")
+    growth.wait_for("pagedcore:requests_expired_total", 1)
     wait_until(lambda: gauge(small_server, "running") + gauge(small_server, "waiting") == 0)
 
 
