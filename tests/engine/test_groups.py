@@ -312,11 +312,19 @@ def test_a_prefix_that_does_not_fit_is_refused_and_requests_are_held_to_the_rest
 
 
 def test_one_sequence_can_be_ended_and_the_others_go_on() -> None:
-    for at in range(1, 30):
-        run = start(num_blocks=20, max_num_seqs=8, num_host_blocks=100 * (at % 2))
-        request = Request("x", list(range(9)), SamplingParams(n=4, seed=1, max_tokens=12, ignore_eos=True))
+    for at in range(1, 50):
+        budget = 8 if at % 3 else 32  # with the small one, what is in common is recomputed in several steps
+        run = start(
+            num_blocks=26,
+            max_num_seqs=8,
+            max_num_batched_tokens=budget,
+            num_host_blocks=100 * (at % 2),
+            enable_prefix_caching=False,
+        )
+        request = Request("x", list(range(21)), SamplingParams(n=4, seed=1, max_tokens=12, ignore_eos=True))
         run.add(
-            *[Request(f"other{i}", [i] * 9, SamplingParams(seed=i, n=2, ignore_eos=True)) for i in range(2)], request
+            *[Request(f"other{i}", [i] * 9, SamplingParams(seed=i, n=2, ignore_eos=True)) for i in range(2)],
+            request,
         )
         for step in itertools.count():
             if step == at:
