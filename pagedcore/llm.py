@@ -161,10 +161,11 @@ class LLM:
 
 def _check_prompt(prompt: object) -> tuple[str | None, list[int] | None]:
     """The text or the token ids of a prompt; raises RequestError for what is none."""
-    if isinstance(prompt, str):
-        return prompt, None
-    if isinstance(prompt, Mapping) and list(prompt) == ["prompt"] and isinstance(prompt["prompt"], str):
-        return prompt["prompt"], None
+    text = prompt["prompt"] if isinstance(prompt, Mapping) and list(prompt) == ["prompt"] else prompt
+    if isinstance(text, str):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise RequestError("a prompt must be valid Unicode text, got a lone surrogate")
+        return text, None
     if isinstance(prompt, Mapping) and list(prompt) == ["prompt_token_ids"]:
         token_ids = prompt["prompt_token_ids"]
         if isinstance(token_ids, Iterable) and not isinstance(token_ids, (str, bytes, Mapping)):

@@ -112,6 +112,7 @@ def test_log_probabilities_of_neighbours_that_want_different_numbers(llm: LLM) -
         ({"prompt_token_ids": [1.5]}, r'"prompt_token_ids": a list of integers.* got .*1\.5'),
         ({"prompt_token_ids": "12"}, "a list of integers"),
         ({"prompt_token_ids": 7}, "a list of integers"),
+        ("a\ud800b", "got a lone surrogate"),
         (7, "prompts must be one or a list of them, got int"),
     ],
 )
