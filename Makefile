@@ -6,7 +6,7 @@ SHELL := /bin/bash
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
   $$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && exit; done; echo python3)
-TORCH ?= torch==2.13.0
+TORCH ?=
 CUDA ?=
 HOST ?= 127.0.0.1
 HTTP_PORT ?= 8000

@@ -1,6 +1,9 @@
 """Write the result tables of README.md from benchmarks/results, so that no figure is typed by hand.
 
-Usage: python benchmarks/tables.py [--check]      --check: fail if README.md is not what the results say
+Usage: python benchmarks/tables.py [--check]
+
+--check: fail if README.md is not what the results say, or if a table of docs/gpu-status.md, which is laid out by hand, has a
+figure with a fraction that none of the results named there has.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+GPU_STATUS = ROOT / "docs" / "gpu-status.md"
 _SECTION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -40,14 +44,39 @@ def rewritten(text: str) -> str:
     return _SECTION.sub(lambda match: match[1] + render(match[2]) + match[4], text)
 
 
-def main() -> int:
+def unknown_figures(text: str) -> list[str]:
+    """Figures with a fraction in the tables of `text` that are, rounded, in none of the result files it names."""
+    names = set(re.findall(r"`(?:benchmarks/results/)?(\w+)\.json`", text))
+    records = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in sorted(names)]
+    rows = [row for record in records for row in record["rows"]]
+    known = [row[field] for row in rows for field in ("value", "peer_value", "ratio")]
+    tables = " ".join(line for line in text.splitlines() if line.startswith("|"))
+    figures = re.findall(r"(?<![\w.-])[0-9]+\.[0-9]+(?![0-9.])", tables)
+    return [
+        figure
+        for figure in figures
+        if all(abs(value - float(figure)) > 0.5000001 * 10.0 ** -len(figure.partition(".")[2]) for value in known)
+    ]
+
+
+def check() -> list[str]:
+    """What is wrong with the documents, a line each."""
     text = README.read_text(encoding="utf-8")
-    fresh = rewritten(text)
+    stale = (
+        ["README.md differs from benchmarks/results: run python benchmarks/tables.py"]
+        if rewritten(text) != text
+        else []
+    )
+    figures = unknown_figures(GPU_STATUS.read_text(encoding="utf-8"))
+    return stale + [f"docs/gpu-status.md: {figure} is in none of the results that it names" for figure in figures]
+
+
+def main() -> int:
     if "--check" in sys.argv[1:]:
-        if fresh != text:
-            print("README.md differs from benchmarks/results: run python benchmarks/tables.py", file=sys.stderr)
-        return int(fresh != text)
-    README.write_text(fresh, encoding="utf-8")
+        problems = check()
+        print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
+        return int(bool(problems))
+    README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

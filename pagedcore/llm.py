@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -92,12 +93,16 @@ class LLM:
         `sampling_params`: one for all prompts, or one for each. Raises RequestError, before anything runs, if a prompt or its
         parameters cannot be served.
         """
-        if isinstance(prompts, (str, dict)):
+        if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise RequestError(f"prompts must be one or a list of them, got {type(prompts).__name__}")
         if sampling_params is None:
             sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
+            raise RequestError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r:.64}")
         if len(sampling_params) != len(prompts):
             raise RequestError(
                 f"sampling_params must be one, or one per prompt: got {len(sampling_params)} for {len(prompts)}"
@@ -123,12 +128,9 @@ class LLM:
         self._loaded.engine.shutdown()
 
     def _start(self, prompt: PromptType, params: SamplingParams) -> _Generation:
-        text: str | None = None
-        if isinstance(prompt, str):
-            text = prompt
-        elif "prompt_token_ids" not in prompt:
-            text = prompt["prompt"]
-        token_ids = list(prompt["prompt_token_ids"]) if text is None else self.get_tokenizer().encode(text)  # type: ignore[index,typeddict-item]
+        text, token_ids = _check_prompt(prompt)
+        if token_ids is None:
+            token_ids = self.get_tokenizer().encode(text or "")
         token_ids = truncate_prompt(token_ids, params, self._loaded.max_model_len)
         bad_words = self.get_tokenizer().bad_word_ids(params.bad_words) if params.bad_words else ()
         request = Request(str(self._num_requests), token_ids, params, bad_words=bad_words)
@@ -155,6 +157,25 @@ class LLM:
         finally:
             for request_id in unfinished:
                 engine.abort(request_id)
+
+
+def _check_prompt(prompt: object) -> tuple[str | None, list[int] | None]:
+    """The text or the token ids of a prompt; raises RequestError for what is none."""
+    text = prompt["prompt"] if isinstance(prompt, Mapping) and list(prompt) == ["prompt"] else prompt
+    if isinstance(text, str):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise RequestError("a prompt must be valid Unicode text, got a lone surrogate")
+        return text, None
+    if isinstance(prompt, Mapping) and list(prompt) == ["prompt_token_ids"]:
+        token_ids = prompt["prompt_token_ids"]
+        if isinstance(token_ids, Iterable) and not isinstance(token_ids, (str, bytes, Mapping)):
+            token_ids = list(token_ids)
+            if all(isinstance(token_id, numbers.Integral) for token_id in token_ids):
+                return None, [int(token_id) for token_id in token_ids]
+    raise RequestError(
+        'a prompt must be a text, {"prompt": a text} or {"prompt_token_ids": a list of integers}, '
+        f"got {prompt!a:.64}"
+    )
 
 
 class _Generation:

@@ -281,9 +281,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def token_content(config: Mapping[str, Any], name: str) -> str | None:
-    """A special token of tokenizer_config.json, which holds them as text or as an object with their content."""
+    """A special token of tokenizer_config.json, which holds them as text or as an object with their content.
+
+    Raises ConfigError where it is neither.
+    """
     token = config.get(name)
-    content: str | None = token["content"] if isinstance(token, dict) else token
+    content = token.get("content", token) if isinstance(token, dict) else token
+    if content is not None and not isinstance(content, str):
+        raise ConfigError(
+            f'tokenizer_config.json: {name} must be a text, an object with a "content" or null, got {token!r}'
+        )
     return content
 
 
@@ -300,19 +307,32 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template", entry) for entry in entries if entry.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(
+            f"tokenizer_config.json: chat_template must be a text or a list of named ones, got {type(template).__name__}"
+        )
     return template
 
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
     """Special tokens that only tokenizer_config.json knows."""
-    for token_id, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        if backend.id_to_token(int(token_id)) is None:
-            backend.add_tokens([tokenizers.AddedToken(**token)])
+    added = config.get("added_tokens_decoder") or {}
+    try:
+        for token_id in sorted(added, key=int):
+            if backend.id_to_token(int(token_id)) is None:
+                backend.add_tokens([tokenizers.AddedToken(**added[token_id])])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"tokenizer_config.json: added_tokens_decoder must be an object of tokens by id: {error}"
+        ) from error
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     contents = [content for name in names if (content := token_content(config, name)) is not None]
     backend.add_special_tokens(contents)

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,9 @@ PIP_INSTALL = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "--
 # Without build isolation CMake finds its last build.
 EDITABLE = ["--no-build-isolation", "--editable"]
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-BYTES_NEEDED = 3_000_000_000
+TORCH_VERSION = "2.13.0"
+CPU_BYTES_NEEDED = 3_000_000_000
+CUDA_BYTES_NEEDED = 12_000_000_000  # torch, NVIDIA's libraries, and pip's downloads of both
 
 CPP20_PROBE = "#include <bit>\n#include <span>\nint main() { return std::span<int>().size() + std::popcount(0u); }\n"
 
@@ -90,9 +93,9 @@ def compiles_cpp20(compiler: str) -> bool:
     return subprocess.run(command, input=CPP20_PROBE.encode(), stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def packages_fingerprint(torch: str, extras: str) -> str:
+def packages_fingerprint(candidates: list[str], extras: str) -> str:
     """Hash of everything that decides which packages are installed."""
-    digest = hashlib.sha256(f"{sys.version} {sys.prefix} {ROOT} {torch} {extras}".encode())
+    digest = hashlib.sha256(f"{sys.version} {sys.prefix} {ROOT} {candidates} {extras}".encode())
     for path in (ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -109,21 +112,72 @@ def native_fingerprint(cuda: str) -> str:
     return digest.hexdigest()
 
 
-def make_venv() -> None:
-    """Make .venv, or make it again if it is broken or belongs to another Python version."""
+def torch_candidates(given: str) -> list[str]:
+    """pip requirements (with options) for torch, to be tried in this order; `given` is the user's own, or empty.
+
+    On a Linux x86_64 machine without an NVIDIA driver the CPU build comes first, a tenth of the other's size. Not every index
+    has it by its name.
+    """
+    if given:
+        return [given]
+    plain = f"torch=={TORCH_VERSION}"
+    wants_cpu_build = (platform.system(), platform.machine()) == ("Linux", "x86_64") and not NVIDIA_DRIVER.exists()
+    return [f"{plain}+cpu", plain] if wants_cpu_build else [plain]
+
+
+def bytes_needed(torch: str) -> int:
+    """Disk space for .venv with this build of torch; for a plain requirement, on most indexes, that is the CUDA build."""
+    is_cuda_build = torch == f"torch=={TORCH_VERSION}" and (platform.system(), platform.machine()) == (
+        "Linux",
+        "x86_64",
+    )
+    return CUDA_BYTES_NEEDED if is_cuda_build else CPU_BYTES_NEEDED
+
+
+def check_free_space(torch: str) -> None:
+    """Raise SetupError unless there is room for .venv with this torch."""
+    needed, free = bytes_needed(torch), shutil.disk_usage(ROOT).free
+    if free < needed:
+        raise SetupError(
+            f"not enough disk space in {ROOT} for {torch} and the rest: about {needed / 1e9:.0f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free"
+        )
+
+
+def make_venv(clear: bool) -> None:
+    """Make .venv, or make it again if it is to be cleared, is broken or belongs to another Python version."""
     probe = "import sys, pip; print('%d.%d' % sys.version_info[:2])"
-    if VENV_PYTHON.exists():
+    if VENV_PYTHON.exists() and not clear:
         found = subprocess.run([VENV_PYTHON, "-c", probe], capture_output=True, text=True, check=False)
         if found.returncode == 0 and found.stdout.strip() == "{}.{}".format(*sys.version_info[:2]):
             return
     step("making .venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
 
 
+def install_torch(candidates: list[str], installed: str) -> str:
+    """Install torch, by the first of these requirements that pip's index has, and the build tools.
+
+    `installed`: the requirement by which .venv has torch already, or empty. Returns the one by which it has it now.
+    """
+    for torch in candidates:
+        if torch != installed:
+            check_free_space(torch)
+        command = [*PIP_INSTALL, *torch.split(), "numpy<2", *BUILD_REQUIREMENTS]
+        try:
+            step(f"installing {torch} and the build tools", command)
+            return torch
+        except SetupError:
+            log = read(LOG)
+            is_absent = f"No matching distribution found for {torch}" in log and not has_network_error(log)
+            if torch == candidates[-1] or not is_absent:
+                raise
+            print(f"==> pip's index has no {torch}", flush=True)
+    raise AssertionError("no candidates")
+
+
 def install_packages(torch: str, extras: str, cuda: str) -> None:
-    """Install torch, then everything else and the project in editable mode, which builds the native modules."""
-    wanted = torch.split()
-    step("installing torch and the build tools", [*PIP_INSTALL, *wanted, "numpy<2", *BUILD_REQUIREMENTS])
-    step("building and installing pagedcore", [*PIP_INSTALL, *EDITABLE, f"{ROOT}[{extras}]", *wanted], cuda)
+    """Install everything else and the project in editable mode, which builds the native modules."""
+    step("building and installing pagedcore", [*PIP_INSTALL, *EDITABLE, f"{ROOT}[{extras}]", *torch.split()], cuda)
 
 
 def rebuild(cuda: str) -> None:
@@ -147,14 +201,22 @@ def step(name: str, command: list[str], cuda: str = "OFF") -> None:
 def explain(log: str, status: int) -> str:
     """The reason in the output of a failed pip, as one line."""
     if "No space left on device" in log or "Disk quota exceeded" in log:
-        return f"no space left on the disk of {ROOT}, about {BYTES_NEEDED / 1e9:.0f} GB are needed"
-    network = ("Max retries exceeded", "NewConnectionError", "NameResolutionError", "ReadTimeoutError", "ProxyError")
-    if any(sign in log for sign in network) or "Could not find a version" in log:
+        return (
+            f"no space left on the disk of {ROOT}, about {CPU_BYTES_NEEDED / 1e9:.0f} GB are needed, "
+            f"{CUDA_BYTES_NEEDED / 1e9:.0f} GB with a CUDA build of torch"
+        )
+    if has_network_error(log) or "Could not find a version" in log:
         return f"a package could not be downloaded; check the network or pip's index ({last_error(log)})"
     compiler_errors = [line for line in log.splitlines() if ": error: " in line or "CMake Error" in line]
     if compiler_errors:
         return f"{compiler_errors[0].strip()} (all of it: {LOG})"
     return f"{last_error(log) or f'exit status {status}'} (all of it: {LOG})"
+
+
+def has_network_error(log: str) -> bool:
+    """True if pip could not reach its index."""
+    signs = ("Max retries exceeded", "NewConnectionError", "NameResolutionError", "ReadTimeoutError", "ProxyError")
+    return any(sign in log for sign in signs)
 
 
 def last_error(log: str) -> str:
@@ -166,9 +228,10 @@ def last_error(log: str) -> str:
 def set_up(torch: str, extras: str, cuda: str) -> None:
     """Bring .venv up to date; raises SetupError."""
     check_python_version()
+    candidates = torch_candidates(torch)
     packages_stamp = VENV / f".pagedcore-{extras.replace(',', '-')}"
-    native_stamp = VENV / ".pagedcore-native"
-    packages, native = packages_fingerprint(torch, extras), native_fingerprint(cuda)
+    native_stamp, torch_stamp = VENV / ".pagedcore-native", VENV / ".pagedcore-torch"
+    packages, native = packages_fingerprint(candidates, extras), native_fingerprint(cuda)
     packages_current = VENV_PYTHON.exists() and read(packages_stamp) == packages
     if packages_current and read(native_stamp) == native:
         return
@@ -178,21 +241,24 @@ def set_up(torch: str, extras: str, cuda: str) -> None:
     if packages_current:
         rebuild(cuda)
     else:
-        make_venv()
-        install_packages(torch, extras, cuda)
+        # A build of torch that is not wanted any more would do for pip, whose versions are the same.
+        make_venv(clear=read(torch_stamp) not in ("", *candidates))
+        installed = install_torch(candidates, read(torch_stamp))
+        torch_stamp.write_text(installed)
+        install_packages(installed, extras, cuda)
         packages_stamp.write_text(packages)
     native_stamp.write_text(native)
 
 
 def read(path: Path) -> str:
     """The text of a file, empty if there is none."""
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def main() -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--torch", default="torch==2.13.0", help="pip requirement and options for torch")
+    parser.add_argument("--torch", default="", help="pip requirement and options for torch (default: what suits)")
     parser.add_argument("--extras", default="serve", help="extras of pyproject.toml, separated by commas")
     parser.add_argument(
         "--cuda", default="", help="build the CUDA kernels: ON, OFF, or empty (where an NVIDIA driver and nvcc are)"

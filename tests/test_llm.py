@@ -82,6 +82,51 @@ def test_log_probabilities(llm: LLM) -> None:
     assert plain.logprobs is None and plain.cumulative_logprob is None
 
 
+def test_log_probabilities_of_neighbours_that_want_different_numbers(llm: LLM) -> None:
+    prompts = [PROMPT, "2 + 2 =", "Once upon a time", "I"]
+    params = [SamplingParams(seed=3, max_tokens=5, logprobs=number) for number in (0, 5, None, 2)]
+    together = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, param, result in zip(prompts, params, together, strict=True):
+        alone = llm.generate(prompt, param, use_tqdm=False)[0].outputs[0]
+        output = result.outputs[0]
+        assert output.token_ids == alone.token_ids
+        if alone.logprobs is None or output.logprobs is None:
+            assert alone.logprobs is None and output.logprobs is None and param.logprobs is None
+            continue
+        for position, expected in zip(output.logprobs, alone.logprobs, strict=True):
+            assert {token: entry.rank for token, entry in position.items()} == {
+                token: entry.rank for token, entry in expected.items()
+            }
+            assert [e.logprob for e in position.values()] == pytest.approx(
+                [e.logprob for e in expected.values()], abs=1e-4
+            )
+            assert param.logprobs in (len(position), len(position) - 1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([1, 2, 3], "a prompt must be a text, .* got 1"),
+        (["a", {"foo": 1}], r"a prompt must be a text, .* got \{'foo': 1\}"),
+        ({"prompt": "a", "multi_modal_data": {}}, "a prompt must be a text"),
+        ({"prompt_token_ids": [1.5]}, r'"prompt_token_ids": a list of integers.* got .*1\.5'),
+        ({"prompt_token_ids": "12"}, "a list of integers"),
+        ({"prompt_token_ids": 7}, "a list of integers"),
+        ("a\ud800b", "got a lone surrogate"),
+        (7, "prompts must be one or a list of them, got int"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate(prompts, use_tqdm=False)
+
+
+def test_parameters_of_another_type_are_refused(llm: LLM) -> None:
+    for wrong in ({"max_tokens": 3}, [{"max_tokens": 3}], 5):
+        with pytest.raises(RequestError, match="sampling_params must be SamplingParams or a list of them"):
+            llm.generate(PROMPT, wrong, use_tqdm=False)  # type: ignore[arg-type]
+
+
 def test_several_samples_of_a_prompt(llm: LLM) -> None:
     params = SamplingParams(n=4, temperature=1.0, seed=7, max_tokens=12, logprobs=0)
     output, single = llm.generate([PROMPT, PROMPT], [params, SamplingParams(seed=7, max_tokens=12)], use_tqdm=False)

@@ -312,3 +312,30 @@ def test_a_folder_that_cannot_be_used_is_named(folders: dict[str, Path], tmp_pat
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigError, match="WordPiece"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token": {"x": 1}}, r"eos_token must be a text, an object with a \"content\" or null, got \{'x': 1\}"),
+        ({"pad_token": 3}, "pad_token must be a text"),
+        ({"chat_template": 3}, "chat_template must be a text or a list of named ones, got int"),
+        ({"chat_template": [{"name": "default"}]}, "chat_template must be a text"),
+        ({"added_tokens_decoder": ["a"]}, "added_tokens_decoder must be an object of tokens by id"),
+        ({"added_tokens_decoder": {"99999": "x"}}, "added_tokens_decoder must be an object of tokens by id"),
+        (b"{% if \xff %}", r"chat_template\.jinja cannot be read"),
+    ],
+)
+def test_a_broken_tokenizer_config_is_refused_by_name(
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any] | bytes, message: str
+) -> None:
+    """As JSON changes of tokenizer_config.json, or as the bytes of chat_template.jinja."""
+    folder = shutil.copytree(folders["byte_level"], tmp_path / "tokenizer")
+    if isinstance(changes, bytes):
+        (folder / "chat_template.jinja").write_bytes(changes)
+    else:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(folder)

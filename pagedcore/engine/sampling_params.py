@@ -17,7 +17,6 @@ MAX_TEMPERATURE = 100.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # keeps penalized logits finite
 MAX_SEED = 2**64 - 1
 MAX_TOKENS = 2**31 - 1
-MAX_LOGPROBS = 1000
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 128
@@ -184,7 +183,7 @@ class SamplingParams:
         self._check_integer("seed", -1, MAX_SEED, optional=True)
         self._check_integer("max_tokens", 1, MAX_TOKENS, optional=True)
         self._check_integer("min_tokens", 0, MAX_TOKENS)
-        self._check_integer("logprobs", 0, MAX_LOGPROBS, optional=True)
+        self._check_integer("logprobs", 0, MAX_TOKENS, optional=True, high_name="max_logprobs")
         self._check_integer("priority", MIN_PRIORITY, MAX_PRIORITY)
         if not isinstance(self.tenant, str) or len(self.tenant) > MAX_TENANT_LENGTH:
             limit = f"a text of at most {MAX_TENANT_LENGTH} characters"
@@ -248,12 +247,17 @@ class SamplingParams:
             raise RequestError(f"{name} must be a number in {allowed}, got {_shown(value)}")
         object.__setattr__(self, name, float(value))
 
-    def _check_integer(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
+    def _check_integer(
+        self, name: str, low: int, high: int, *, optional: bool = False, high_name: str | None = None
+    ) -> None:
+        """`high_name`: what the engine, which will check it, calls the upper limit."""
         value = getattr(self, name)
         if value is None and optional:
             return
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON writers may make 8.0 of 8
         if not _is_integer(value, low, high):
-            raise RequestError(f"{name} must be an integer in [{low}, {high}], got {_shown(value)}")
+            raise RequestError(f"{name} must be an integer in [{low}, {high_name or high}], got {_shown(value)}")
         object.__setattr__(self, name, int(value))
 
     def _check_stop(self) -> None:

@@ -212,6 +212,27 @@ def _num_blocks(config: EngineConfig, block: int, max_model_len: int, room: int,
     return num_blocks
 
 
+@dataclass(frozen=True)
+class _CgroupVersion:
+    """Files in which Linux's control groups say how much memory a container may take and has, by their version."""
+
+    limit: str
+    usage: str
+    stat: str
+    reclaimable: tuple[str, str]  # lines of `stat`
+
+
+_CGROUP_VERSIONS = (
+    _CgroupVersion("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
+    _CgroupVersion(
+        "memory/memory.limit_in_bytes",  # a number of 19 digits where there is no limit
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
+
+
 def free_host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process may still take: what the machine has to spare, within the container's limit."""
     for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
@@ -220,14 +241,15 @@ def free_host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
             break
     else:
         raise ConfigError(f"{proc / 'meminfo'} does not say MemAvailable: set kv_cache_memory_bytes")
-    limit = cgroup / "memory.max"
-    if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        # The container's page cache counts as used but is given back on demand.
-        reclaimable = sum(
-            int(line.split()[1])
-            for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
-            if line.startswith(("active_file ", "inactive_file "))
-        )
-        used = int((cgroup / "memory.current").read_text(encoding="ascii")) - reclaimable
-        available = min(available, int(text) - used)
+    for version in _CGROUP_VERSIONS:
+        limit = cgroup / version.limit
+        if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+            # The container's page cache counts as used but is given back on demand.
+            reclaimable = sum(
+                int(line.split()[1])
+                for line in (cgroup / version.stat).read_text(encoding="ascii").splitlines()
+                if line.split()[0] in version.reclaimable
+            )
+            used = int((cgroup / version.usage).read_text(encoding="ascii")) - reclaimable
+            available = min(available, int(text) - used)
     return max(available, 0)

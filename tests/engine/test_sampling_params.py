@@ -96,19 +96,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 1.0001}, r"top_p must be a number in \(0, 1\], got 1.0001"),
     ({"min_p": -1e-9}, r"min_p must be a number in \[0, 1\]"),
     ({"top_k": -2}, r"top_k must be an integer in \[-1, 2147483647\], got -2"),
-    ({"top_k": 1.0}, r"top_k must be an integer .* got 1.0"),
+    ({"top_k": 1.5}, r"top_k must be an integer .* got 1.5"),
     ({"top_k": "1.5"}, r"top_k must be an integer .* got '1.5'"),
     ({"presence_penalty": 2.1}, r"presence_penalty must be a number in \[-2, 2\], got 2.1"),
     ({"frequency_penalty": -2.1}, r"frequency_penalty must be a number in \[-2, 2\], got -2.1"),
     ({"repetition_penalty": 0}, r"repetition_penalty must be a number in \[0.01, 100\], got 0"),
     ({"max_tokens": 0}, r"max_tokens must be an integer in \[1, 2147483647\], got 0"),
     ({"max_tokens": True}, r"max_tokens .* got True"),
+    ({"max_tokens": 8.5}, r"max_tokens .* got 8\.5"),
+    ({"max_tokens": 0.0}, r"max_tokens .* got 0"),
     ({"max_tokens": 10**400}, r"max_tokens .* got an integer of 1329 bits"),
     ({"max_tokens": "9" * 5000}, r"max_tokens .* got '9{60}\.\.\."),
     ({"min_tokens": -1}, r"min_tokens must be an integer in \[0, 2147483647\], got -1"),
     ({"min_tokens": 17}, r"min_tokens must be at most max_tokens \(16\), got 17"),
     ({"seed": 2**64}, r"seed must be an integer in \[-1, 18446744073709551615\]"),
-    ({"logprobs": -1}, r"logprobs must be an integer in \[0, 1000\], got -1"),
+    ({"logprobs": -1}, r"logprobs must be an integer in \[0, max_logprobs\], got -1"),
     ({"stop": ""}, r"stop must hold texts of 1 to 1024 characters, got ''"),
     ({"stop": [1]}, r"stop must hold texts of 1 to 1024 characters, got 1"),
     ({"stop": 5}, r"stop must be text or a list of texts, got 5"),
@@ -217,3 +219,9 @@ def test_the_constructor_takes_no_text_for_numbers() -> None:
 @pytest.mark.parametrize("name", ["bad_words", "logit_bias", "allowed_token_ids", "best_of", "stop", "stop_token_ids"])
 def test_none_means_left_out(name: str) -> None:
     assert SamplingParams.from_dict({name: None}) == SamplingParams()
+
+
+def test_whole_numbers_may_be_written_with_a_fraction() -> None:
+    params = SamplingParams.from_dict({"max_tokens": 8.0, "top_k": 40.0, "seed": 1e15})
+    assert (params.max_tokens, params.top_k, params.seed) == (8, 40, 10**15)
+    assert all(type(value) is int for value in (params.max_tokens, params.top_k, params.seed))

@@ -126,5 +126,17 @@ def test_container_limit_counts_without_its_page_cache(tmp_path: Path) -> None:
     assert free_host_memory(tmp_path, tmp_path) == 0
 
 
+def test_limit_of_a_version_1_control_group_counts_too(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    limits = {
+        "memory/memory.limit_in_bytes": "5000000\n",
+        "memory/memory.usage_in_bytes": "4500000\n",
+        "memory/memory.stat": "inactive_file 9\ntotal_inactive_file 700000\ntotal_active_file 300000\n",
+    }
+    assert free_host_memory(*write_host(tmp_path, limits)) == 1_500_000
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert free_host_memory(tmp_path, tmp_path) == 8000 * 1024
+
+
 def test_this_machine_has_memory() -> None:
     assert 2**20 < free_host_memory() < 2**50

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -80,9 +82,80 @@ def test_no_network_is_one_line(bare_project: Path) -> None:
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith(
-        "error: installing torch and the build tools failed: a package could not be downloaded; check"
+        "error: installing torch==2.13.0 and the build tools failed: a package could not be downloaded; check"
     )
     assert "==> making .venv" in result.stdout
+
+
+def _write_wheels(folder: Path, *versions: tuple[str, str]) -> None:
+    """Empty wheels, by name and version."""
+    for name, version in versions:
+        information = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{information}/RECORD", "")
+
+
+# All but the build of the project, which is empty here. The path says whether there is an NVIDIA driver.
+_INSTALL_TORCH = """
+import pathlib, sys
+import setup_environment as setup
+setup.NVIDIA_DRIVER = pathlib.Path(sys.argv[1])
+setup.platform.system, setup.platform.machine = lambda: "Linux", lambda: "x86_64"
+setup.CUDA_BYTES_NEEDED = 0
+setup.install_packages = lambda *_: None
+setup.set_up("", sys.argv[2], "OFF")
+"""
+
+
+def test_the_build_of_torch_that_suits_the_machine_is_installed(bare_project: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    tools = [
+        ("scikit_build_core", "0.11"),
+        ("pybind11", "2.13"),
+        ("cmake", "3.30"),
+        ("ninja", "1.11"),
+        ("numpy", "1.26"),
+    ]
+    _write_wheels(wheels, ("torch", "2.13.0"), *tools)
+    environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+
+    def install(driver: Path, extras: str) -> tuple[str, str]:
+        """What is printed, and the version of torch that is then installed."""
+        command = [sys.executable, "-c", _INSTALL_TORCH, str(driver), extras]
+        folder = bare_project / "scripts"
+        output = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+        (information,) = (bare_project / ".venv").glob("lib/python*/site-packages/torch-*.dist-info")
+        return output, information.name.removesuffix(".dist-info")
+
+    output, version = install(tmp_path / "no driver", "a")
+    assert "==> pip's index has no torch==2.13.0+cpu" in output
+    assert version == "torch-2.13.0"
+    _write_wheels(wheels, ("torch", "2.13.0+cpu"))
+    output, version = install(tmp_path / "no driver", "b")
+    assert version == "torch-2.13.0+cpu"
+    (wheels / "torch-2.13.0+cpu-py3-none-any.whl").unlink()
+    output, version = install(tmp_path, "b")  # a driver has come
+    assert "==> making .venv" in output
+    assert version == "torch-2.13.0"
+
+
+def test_the_space_that_is_missing_is_that_of_the_build(
+    setup_environment: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000_000_000))
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    setup_environment.check_free_space("torch==2.13.0+cpu")
+    with pytest.raises(
+        setup_environment.SetupError, match=r"for torch==2\.13\.0 .* about 12 GB are needed, 4\.0 GB are"
+    ):
+        setup_environment.check_free_space("torch==2.13.0")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
+    with pytest.raises(setup_environment.SetupError, match=r"about 3 GB are needed, 2\.0 GB are free"):
+        setup_environment.check_free_space("torch==2.13.0+cpu")
 
 
 @pytest.mark.parametrize(
