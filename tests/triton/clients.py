@@ -11,11 +11,14 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
+
+from pagedcore.serve.triton_server import TritonServer
 
 MODEL = "llm"
 TIMEOUT = 60.0  # seconds, after which a test gives up
@@ -195,3 +198,14 @@ def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> float
         assert time.monotonic() - begin < timeout, "the condition does not come true"
         time.sleep(0.005)
     return time.monotonic() - begin
+
+
+def send_until_running(server: TritonServer, stream: GrpcStream, inputs: Mapping[str, Any], count: int) -> None:
+    """Send requests one by one, until so many are running: sent at once, they could be more than a short queue takes."""
+
+    def has(number: int) -> bool:
+        return metric(server.metrics_url, "vllm:num_requests_running") == number
+
+    for number in range(1, count + 1):
+        stream.send(inputs)
+        wait_until(partial(has, number))

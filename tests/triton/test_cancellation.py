@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from pagedcore.serve.triton_server import TritonServer
-from tests.triton.clients import MODEL, Answer, generate_grpc, grpc_stream, metric, wait_until
+from tests.triton.clients import (
+    MODEL,
+    Answer,
+    generate_grpc,
+    grpc_stream,
+    metric,
+    send_until_running,
+    wait_until,
+)
 
 LIMIT = 0.2  # seconds from the client's end until its blocks are free
 LONG = '{"max_tokens": 900, "ignore_eos": true, "temperature": 0}'
@@ -84,9 +92,7 @@ def test_cancelling_a_queued_request(small_server: TritonServer) -> None:
     """It leaves the queue although it has never run, and the running requests do not notice."""
     before = num_cancelled(small_server)
     with grpc_stream(small_server.grpc_url) as running, grpc_stream(small_server.grpc_url) as queued:
-        for _ in range(4):
-            running.send(endless())
-        wait_until(lambda: num_running(small_server) == 4)
+        send_until_running(small_server, running, endless(), 4)
         queued.send(endless())
         wait_until(lambda: metric(small_server.metrics_url, "vllm:num_requests_waiting") == 1)
         queued.cancel()

@@ -11,7 +11,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from pagedcore.serve.triton_server import TritonServer
-from tests.triton.clients import GrpcStream, generate, grpc_stream, metric, wait_until
+from tests.triton.clients import GrpcStream, generate, grpc_stream, metric, send_until_running, wait_until
 from tests.triton.samples import Growth
 
 HELLO: dict[str, Any] = {"text_input": "Hello", "sampling_parameters": '{"max_tokens": 4, "temperature": 0}'}
@@ -30,9 +30,7 @@ def busy(server: TritonServer, priority: int = 0) -> Iterator[GrpcStream]:
         "sampling_parameters": f'{{"max_tokens": 900, "ignore_eos": true, "priority": {priority}}}',
     }
     with grpc_stream(server.grpc_url) as stream:
-        for _ in range(4):
-            stream.send(inputs)
-        wait_until(lambda: gauge(server, "running") == 4)
+        send_until_running(server, stream, inputs, 4)
         yield stream
         stream.cancel()
         wait_until(lambda: gauge(server, "running") + gauge(server, "waiting") == 0)
