@@ -267,7 +267,7 @@ def test_a_full_queue_refuses_at_once_and_takes_requests_again_when_it_is_shorte
     hang.set()
     assert first.ended.wait(WAIT) and all(sink.ended.wait(WAIT) for sink in sinks)
     again = Collector()
-    thread.submit(Request("too many", [3] * last, params), again)
+    thread.submit(Request("0", [3] * last, params), again)  # the id is free, too
     assert again.ended.wait(WAIT) and again.reason is FinishReason.LENGTH
     thread.shutdown()
 
@@ -303,4 +303,5 @@ def test_a_deadline_ends_a_running_request_once_and_says_how_far_it_got() -> Non
     assert found is not None and int(found[1]) == len(sink.token_ids) > 0
     executor.hang.set()
     until(lambda: thread.stats().num_free_blocks == thread.stats().num_blocks)
+    assert thread.stats().generation_tokens_total < 20, "it does not go on for nobody"
     thread.shutdown()
