@@ -15,7 +15,7 @@ from pagedcore.engine.outputs import EngineStats, OutputSink, TokenOutput
 from pagedcore.engine.queue_limits import QueueLimits, RefusalReason
 from pagedcore.engine.request import Request
 from pagedcore.engine.telemetry import Recorder
-from pagedcore.errors import DeadlineError, EngineDeadError, RequestError
+from pagedcore.errors import DeadlineError, EngineDeadError, OverloadedError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class EngineThread:
 
     Every accepted request gets exactly one output with `request_finished`, whatever happens: finished, aborted, failed, or
     the engine's death, or its deadline, when it is answered even if the step in hand does not end; its blocks are free
-    after that step. Sinks are called on the engine thread or, at a deadline, on the timer's, and must return at once.
+    after that step. Sinks are called on the engine thread or, at a deadline, on the timer's, and must return at once; they may
+    submit and abort.
 
     A request waits from its submission until it is admitted, at the earliest when the next step is planned. Those that wait
     are bounded by `limits`.
@@ -82,14 +83,23 @@ class EngineThread:
             with self._lock:
                 self._refused[RefusalReason.INVALID] += 1
             raise
+        self._open.add(request.request_id, sink)
+        if request.deadline is not None:
+            self._deadlines.watch(request.request_id, request.deadline)
+        try:
+            self._post_request(request)
+        except (OverloadedError, EngineDeadError):
+            self._deadlines.forget(request.request_id)
+            if self._open.discard(request.request_id):
+                raise
+            # Else the engine's end or the deadline came in between, and has answered it.
+
+    def _post_request(self, request: Request) -> None:
         with self._lock:
             if self._closed or self._draining:
                 self._refused[RefusalReason.STOPPED] += 1
                 raise self._end_error()
             self._check_queue(len(request.prompt_token_ids))
-            self._open.add(request.request_id, sink)
-            if request.deadline is not None:
-                self._deadlines.watch(request.request_id, request.deadline)
             self._num_posted += 1
             self._num_posted_tokens += len(request.prompt_token_ids)
             self._inbox.append(request)

@@ -13,11 +13,12 @@ from pagedcore.errors import RequestError
 class OpenRequests:
     """Sees to it that every sink gets exactly one output with `request_finished`, and nothing after it. Thread-safe.
 
-    Sinks are called under the lock, so that a request's outputs arrive in order whichever thread ends it.
+    Sinks are called under the lock, so that a request's outputs arrive in order whichever thread ends it. They may come back
+    here. Who calls with another lock held that a sink needs would wait for ever.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._sinks: dict[str, OutputSink] = {}
 
     def __len__(self) -> int:
@@ -32,6 +33,11 @@ class OpenRequests:
             if request_id in self._sinks:
                 raise RequestError(f"request_id {request_id!r} is in use by an unfinished request")
             self._sinks[request_id] = sink
+
+    def discard(self, request_id: str) -> bool:
+        """Forget a request without a word to its sink; False if it has ended already."""
+        with self._lock:
+            return self._sinks.pop(request_id, None) is not None
 
     def deliver(self, outputs: Iterable[TokenOutput]) -> None:
         """Hand outputs to their requests' sinks; those of requests that have ended are dropped."""

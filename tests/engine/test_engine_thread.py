@@ -267,7 +267,7 @@ def test_a_full_queue_refuses_at_once_and_takes_requests_again_when_it_is_shorte
     hang.set()
     assert first.ended.wait(WAIT) and all(sink.ended.wait(WAIT) for sink in sinks)
     again = Collector()
-    thread.submit(Request("too many", [3] * last, params), again)
+    thread.submit(Request("0", [3] * last, params), again)  # the id is free, too
     assert again.ended.wait(WAIT) and again.reason is FinishReason.LENGTH
     thread.shutdown()
 
@@ -303,4 +303,44 @@ def test_a_deadline_ends_a_running_request_once_and_says_how_far_it_got() -> Non
     assert found is not None and int(found[1]) == len(sink.token_ids) > 0
     executor.hang.set()
     until(lambda: thread.stats().num_free_blocks == thread.stats().num_blocks)
+    assert thread.stats().generation_tokens_total < 20, "it does not go on for nobody"
     thread.shutdown()
+
+
+@dataclass
+class ClosedLoop(Collector):
+    """Submits the next request when one has ended, on the engine's thread."""
+
+    engine: EngineThread | None = None
+    name: str = ""
+    left: int = 0
+
+    def push(self, output: TokenOutput) -> None:
+        if output.finish_reason is None:
+            return
+        if self.left == 0:
+            self.ended.set()
+            return
+        self.left -= 1
+        assert self.engine is not None
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+        self.engine.submit(Request(self.name, [1] * 5, params, deadline=Deadline(60, time.monotonic())), self)
+
+
+def test_sinks_may_submit_while_other_threads_do(running: tuple[EngineThread, FakeExecutor]) -> None:
+    thread, _ = running
+    loops = [ClosedLoop(engine=thread, name=f"loop{number}", left=60) for number in range(8)]
+
+    def start(loop: ClosedLoop) -> None:
+        loop.push(TokenOutput(loop.name, 0, [], FinishReason.LENGTH))
+        for number in range(60):
+            params = SamplingParams(temperature=0, max_tokens=1)
+            thread.submit(Request(f"{loop.name}-{number}", [2] * 5, params), Collector())
+
+    starters = [threading.Thread(target=start, args=(loop,)) for loop in loops]
+    for starter in starters:
+        starter.start()
+    assert all(loop.ended.wait(WAIT) for loop in loops)
+    for starter in starters:
+        starter.join(WAIT)
+    until(lambda: thread.stats().num_free_blocks == thread.stats().num_blocks)

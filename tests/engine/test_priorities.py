@@ -98,6 +98,21 @@ def test_a_flood_of_one_tenant_does_not_delay_another() -> None:
     run.to_the_end()
 
 
+def test_output_tokens_count_for_their_tenant() -> None:
+    """Equal prompts, but one tenant's outputs are nine times as long: about as many of the other's requests go first."""
+    run = start(max_num_seqs=1)
+    run.add(*[request(f"long{number}", tenant="a", prompt=2, output=36) for number in range(4)])
+    run.add(*[request(f"short{number}", tenant="b", prompt=2, output=4) for number in range(30)])
+    while len([name for name in run.messages if ended(run, name)]) < 20:
+        steps(run, 1)
+    assert len([name for name in run.messages if ended(run, name) and name.startswith("long")]) <= 3
+    run.to_the_end()
+
+
+def ended(run: Run, name: str) -> bool:
+    return bool(run.messages[name]) and run.messages[name][-1].request_finished
+
+
 @pytest.mark.parametrize("num_host_blocks", [0, 200])
 @pytest.mark.parametrize(("num_blocks", "budget", "max_num_seqs"), [(40, 24, 24), (38, 13, 13), (128, 32, 5)])
 def test_outputs_do_not_depend_on_priorities_and_tenants(
