@@ -17,7 +17,8 @@ from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.engine_thread import EngineThread
 from pagedcore.engine.memory_policy import MemoryPolicy
 from pagedcore.engine.queue_limits import QueueLimits
-from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.engine.scheduler import Scheduler
+from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.engine.telemetry import Recorder
 from pagedcore.errors import ConfigError, RequestError

@@ -21,7 +21,8 @@ from benchmarks import report
 from pagedcore._core import BlockManager
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
-from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.engine.scheduler import Scheduler
+from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.sequence import Sequence
 from pagedcore.engine.sequence_group import SequenceGroup
 from pagedcore.engine.step_plan import StepPlan, StepResult

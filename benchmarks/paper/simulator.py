@@ -14,7 +14,8 @@ from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.memory_policy import MemoryPolicy
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
-from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.engine.scheduler import Scheduler
+from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.step_plan import Int32Array, StepLayout, StepPlan, StepResult
 
 _VOCAB_SIZE = 2**31 - 1

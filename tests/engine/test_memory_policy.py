@@ -12,7 +12,8 @@ from pagedcore.config import KV_POLICIES, EngineConfig
 from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.memory_policy import MemoryPolicy
 from pagedcore.engine.request import Request
-from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.engine.scheduler import Scheduler
+from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.sequence import Sequence
 from pagedcore.errors import ConfigError, RequestError
 from tests.models import tiny

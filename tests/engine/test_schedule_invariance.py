@@ -11,7 +11,8 @@ from pagedcore._core import BlockManager
 from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
-from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.engine.scheduler import Scheduler
+from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError

@@ -12,7 +12,8 @@ from pagedcore._core import BlockManager
 from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
-from pagedcore.engine.scheduler import Scheduler, SchedulerConfig
+from pagedcore.engine.scheduler import Scheduler
+from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.engine.telemetry import Recorder, RequestRecord, StepRecord
 from tests.reference.fake_model import FakeExecutor
@@ -33,7 +34,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("pagedcore.engine.scheduler.time.monotonic", clock)
+    monkeypatch.setattr("pagedcore.engine.lifecycle.time.monotonic", clock)
     return clock
 
 
