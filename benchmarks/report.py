@@ -75,7 +75,10 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit measured, marked when the tree differs from it."""
+    """The commit measured, marked when the tree differs from it; where there is no git, what the file `.commit` says."""
+    exported = ROOT / ".commit"
+    if exported.exists():
+        return exported.read_text(encoding="utf-8").strip()
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -193,9 +193,9 @@ void bind_cpu(py::module_ module) {
 
 #ifdef PAGEDCORE_WITH_CUDA
 SkinnyLinear skinny_linear(Address y, Address x, Address weight, Address bias, I64 x_row_stride, I32 num_tokens,
-                           I32 in_features, I32 out_features, I32 dtype, I32 y_dtype) {
-  return {at<void>(y), at<void>(x), at<void>(weight), at<void>(bias), x_row_stride,
-          num_tokens,  in_features, out_features,     DType{dtype},   DType{y_dtype}};
+                           I32 in_features, I32 out_features, I32 dtype, I32 y_dtype, bool is_gated) {
+  return {at<void>(y), at<void>(x),  at<void>(weight), at<void>(bias), x_row_stride, num_tokens,
+          in_features, out_features, DType{dtype},     DType{y_dtype}, is_gated};
 }
 
 UnpackStep unpack_step(Address packed, Address last_token_ids, Address token_ids, Address block_tables,
@@ -229,6 +229,7 @@ void bind_cuda(py::module_ module) {
   bind(module, "logprobs", logprobs, cuda::logprobs);
   bind(module, "skinny_linear", skinny_linear, cuda::skinny_linear);
   bind(module, "unpack_step", unpack_step, cuda::unpack_step);
+  module.def("has_skinny_linear", cuda::has_skinny_linear);
   module.def("paged_attention_workspace_bytes", cuda::paged_attention_workspace_bytes);
 }
 #endif

@@ -153,10 +153,10 @@ struct PackedLinear {
   DType y_dtype;  // of y: dtype, or float32 (logits)
 };
 
-// y = x W^T (+ bias) for few rows of x, by reading the weight at the speed of the memory. fp32 accumulation in an order
-// that depends on nothing but the shape.
+// y = x W^T (+ bias) for up to 32 rows of x, by reading the weight at the speed of the memory. fp32 accumulation in an
+// order that depends on nothing but the shape. Gated: y = silu(x W1^T) * (x W2^T), W1 and W2 the halves of W.
 struct SkinnyLinear {
-  void* y;             // [num_tokens, out_features], contiguous
+  void* y;             // [num_tokens, out_features], or half as wide where gated; contiguous
   const void* x;       // [num_tokens, in_features], rows `x_row_stride` elements apart
   const void* weight;  // [out_features, in_features], contiguous
   const void* bias;    // [out_features] or null, same dtype as x
@@ -164,6 +164,7 @@ struct SkinnyLinear {
   int32_t num_tokens, in_features, out_features;
   DType dtype;    // of x, weight and bias: 16 bits wide
   DType y_dtype;  // of y: dtype, or float32 (logits)
+  bool is_gated;  // without bias, y_dtype = dtype
 };
 
 // Spread a step's packed buffer (pagedcore/engine/step_plan.py: StepLayout), as it came from the host, to where the
@@ -215,6 +216,7 @@ void relu(const Relu&, Stream);
 void sample(const Sample&, Stream);
 void logprobs(const Logprobs&, Stream);
 void skinny_linear(const SkinnyLinear&, Stream);
+bool has_skinny_linear();  // on compute capability 9.0 and later
 void unpack_step(const UnpackStep&, Stream);
 }  // namespace cuda
 #endif

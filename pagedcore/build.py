@@ -117,7 +117,7 @@ def _build(
             max_num_batched_tokens=_max_batched_tokens(config, max_model_len),
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
-            decode_batch_sizes=executor.decode_batch_sizes,
+            step_sizes=executor.step_sizes,
             preemption_mode=mode,
             swap_cost_tokens=shape.swap_cost_tokens,
         ),

@@ -18,7 +18,7 @@ from benchmarks.kernels.gpu_timing import microseconds, read_limit
 from pagedcore import ops
 
 ROTATED_BYTES = 400 << 20
-ROWS = (1, 4, 8, 16)
+ROWS = (1, 8, 16, 32)
 # out_features, in_features
 SHAPES = {
     "8B qkv": (6144, 4096),

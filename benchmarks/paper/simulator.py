@@ -17,6 +17,7 @@ from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler
 from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.step_plan import Int32Array, StepLayout, StepPlan, StepResult
+from pagedcore.engine.step_sizes import NO_PADDING
 
 _VOCAB_SIZE = 2**31 - 1
 
@@ -92,7 +93,7 @@ class Recorder:
 class ClockExecutor:
     """Draws the end token when an output is as long as it will be; each step moves the clock on by its modelled time."""
 
-    decode_batch_sizes: tuple[int, ...] = ()
+    step_sizes = NO_PADDING
 
     def __init__(self, config: SimulationConfig) -> None:
         self.kv_cache_shape = KVCacheShape(config.num_slots // config.block_size, 0, config.block_size)

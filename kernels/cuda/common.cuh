@@ -44,7 +44,9 @@ inline const DeviceInfo& device_info() {
 }
 
 // Launch with programmatic stream serialization where the device has it: the kernel's start overlaps the end of the one
-// before it. Every kernel launched so must call wait_for_previous_kernel() in all its blocks before it touches memory.
+// before it. Every kernel launched so must call wait_for_previous_kernel() in all its blocks before it touches memory
+// that others write. It may call allow_next_kernel() before that: the next one then starts while several before it
+// still run, but its wait ends only after this one's end, and so after theirs.
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
             Parameters... arguments) {
@@ -151,6 +153,13 @@ __device__ __forceinline__ void wait_for_copies() {
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_two_matrices(uint32_t& r0, uint32_t& r1, uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r0), "=r"(r1)
                : "r"(shared)
                : "memory");
 }

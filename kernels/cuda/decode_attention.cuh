@@ -255,6 +255,7 @@ __global__ void __launch_bounds__(128, (Decode<T, kHeadDim, kHeadTiles, kSmall>:
     decode_attention(const __grid_constant__ PagedAttention a, const __grid_constant__ AttentionPlan plan) {
   using Config = Decode<T, kHeadDim, kHeadTiles, kSmall>;
   extern __shared__ __align__(128) char shared[];
+  allow_next_kernel();
   float* merge_space = reinterpret_cast<float*>(shared + Config::kRingBytes);
   const int items_per_row = a.num_kv_heads * plan.head_groups;
   const DecodeSchedule schedule = find_schedule<Config::kThreads, Config::kTileTokens>(a, plan, items_per_row);
@@ -264,7 +265,6 @@ __global__ void __launch_bounds__(128, (Decode<T, kHeadDim, kHeadTiles, kSmall>:
   if (begin < end) loader.find_blocks(a, plan);
   // Up to here only the arrays of indices were read: they come with the step's input, long before q, k and v.
   wait_for_previous_kernel();
-  allow_next_kernel();
   if (begin < end) {
     const int warp = threadIdx.x / kWarpSize;
     const uint32_t ring = shared_address(shared) + warp * 2 * Config::kWarpTileBytes;

@@ -8,8 +8,8 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) relu_kernel(const __grid_constant__ Relu a) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t num_vectors = int64_t{a.num_tokens} * (a.size / kVector);  // rows lie side by side: all are one
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= num_vectors) return;

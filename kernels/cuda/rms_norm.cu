@@ -9,8 +9,8 @@ namespace {
 template <typename T, int kVectors>
 __global__ void __launch_bounds__(kMaxNormThreads) rms_norm_kernel(const __grid_constant__ RMSNorm a) {
   __shared__ float warp_sums[kWarpSize];
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int row_vectors = a.hidden_size / kVector;
   const int64_t row = int64_t{blockIdx.x} * row_vectors;
   const Vector<T>* x = static_cast<const Vector<T>*>(a.x) + row;

@@ -12,8 +12,8 @@ constexpr int kPerLane = kMaxHeadDim / kWarpSize;
 template <typename T>
 __global__ void __launch_bounds__(kWarps* kWarpSize) rotary_write_kv_kernel(const __grid_constant__ RotaryWriteKV a) {
   __shared__ float heads[kWarps][kMaxHeadDim];
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int token = blockIdx.x, head = blockIdx.y * kWarps + warp;
   const int first_key = a.num_heads, first_value = a.num_heads + a.num_kv_heads;

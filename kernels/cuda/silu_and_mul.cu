@@ -8,8 +8,8 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(const __grid_constant__ SiluAndMul a) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int row_vectors = a.size / kVector;
   const int index = blockIdx.x * kThreads + threadIdx.x;
   if (index >= row_vectors) return;

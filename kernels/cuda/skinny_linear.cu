@@ -1,146 +1,313 @@
-// y = x W^T for up to 16 rows of x. A decode step of a small batch reads every weight once and computes next to nothing
-// with it, so what counts is how many bytes are under way at any time.
+// y = x W^T for up to 32 rows of x. A decode step of a small batch reads every weight once and computes next to nothing
+// with it, so what counts is that the memory never rests.
 //
-// The product is W x^T on tensor cores, with 16 rows of W to a tile and 8 rows of x to its other side. A dot product
-// may be summed in any order, so k is permuted such that what a thread holds of an operand lies side by side: 16 bytes
-// a load, for W and x alike, and neither goes through shared memory. The warps of a thread block take turns along k and
-// add up their sums in a fixed order at the end.
+// Every thread block has an equal share of the rows of W. One warp copies them, and x, into a ring in shared memory
+// with the tensor copy engine; eight warps multiply on tensor cores (W x^T, 16 rows of W by 8 or 16 rows of x), each
+// taking its part of k, and add up their sums in a fixed order. A weight does not depend on the kernels before this
+// one, so the ring is filled while those still run: two such thread blocks and a small one fit on a multiprocessor.
 //
-// A weight does not depend on the kernel before this one: the first loads are under way before that one has ended.
-#include "common.cuh"
+// For gate and up projections the pairs of rows are worked on together, and what is stored is silu(gate) * up.
+#include "tensor_copy.cuh"
 
 namespace pagedcore::cuda {
 namespace {
 
-constexpr int kTileRows = 16;   // of W: m of mma.m16n8k16
-constexpr int kTileTokens = 8;  // of x: n
-constexpr int kChunk = 32;      // along k: two products' worth, 8 elements a thread
-constexpr int kInFlight = 4;    // chunks a warp loads ahead
-constexpr int kMaxTokens = 16;
+constexpr int kTileRows = 16;    // of W: m of mma.m16n8k16, and the rows of a box
+constexpr int kBoxColumns = 64;  // along k: 128 bytes, the width of the swizzle
+constexpr int kMaxTokens = 32;
+constexpr int kMaxRowTiles = 4;
+constexpr int kRingBytes = 96 << 10;
 
-__device__ __forceinline__ uint4 load_once(const void* address) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address));
-  return value;
+template <int kRowTiles, int kTokens>
+struct Skinny {
+  static constexpr int kWarps = 8;  // that multiply
+  static constexpr int kThreads = (kWarps + 1) * kWarpSize;
+  static constexpr int kGroupTokens = kTokens < 16 ? 8 : 16;  // of one warp
+  static constexpr int kGroups = kTokens / kGroupTokens;
+  static constexpr int kSlices = kWarps / kGroups;                            // of k
+  static constexpr int kBoxes = kRowTiles == 1 ? 8 : kRowTiles == 2 ? 4 : 2;  // along k, to a stage
+  static constexpr int kSteps = kBoxes * kBoxColumns / 16;
+  static constexpr int kWeightBoxBytes = kTileRows * kBoxColumns * 2, kTokenBoxBytes = kTokens * kBoxColumns * 2;
+  static constexpr int kWeightBytes = kRowTiles * kBoxes * kWeightBoxBytes;
+  static constexpr int kStageBytes = kWeightBytes + kBoxes * kTokenBoxBytes;
+  static constexpr int kStages = kRingBytes / kStageBytes;
+  static constexpr int kSumPitch = kTileRows + 1;
+  static constexpr int kSumBytes = kSlices * kTokens * kSumPitch * static_cast<int>(sizeof(float));
+  static constexpr int kAlignment = 1024;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + kStages * 16 + kAlignment;
+};
+
+struct SkinnyMaps {
+  CUtensorMap weight;
+  CUtensorMap x;
+};
+
+// The tiles of W that a thread block works on: units (a tile, or the two tiles of a gate and its up projection) in
+// passes of up to kMaxRowTiles tiles.
+struct Share {
+  int begin, end;  // units
+  int units_per_pass;
+  int num_passes;
+  int num_stages;  // to a pass
+
+  __device__ __forceinline__ int units(int pass) const {
+    return min(units_per_pass, end - begin - pass * units_per_pass);
+  }
+};
+
+template <typename Config, int kRowTiles, bool kGated>
+__device__ __forceinline__ Share find_share(const SkinnyLinear& a) {
+  constexpr int kUnitTiles = kGated ? 2 : 1;
+  const int units = a.out_features / (kTileRows * kUnitTiles);
+  Share share;
+  share.begin = static_cast<int>(int64_t{units} * blockIdx.x / gridDim.x);
+  share.end = static_cast<int>(int64_t{units} * (blockIdx.x + 1) / gridDim.x);
+  share.units_per_pass = kRowTiles / kUnitTiles;
+  share.num_passes = ceil_div(share.end - share.begin, share.units_per_pass);
+  share.num_stages = ceil_div(a.in_features, Config::kBoxes * kBoxColumns);
+  return share;
 }
 
-template <typename T, typename Out, int kRowTiles, int kTokenTiles, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarpSize) skinny_linear_kernel(const __grid_constant__ SkinnyLinear a) {
-  __shared__ float sums[kWarps][kTokenTiles * kTileTokens][kRowTiles * kTileRows + 1];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int group = lane / 4, member = lane % 4;  // of the operands' fragments: a row, and a part of k
-  const int first_row = blockIdx.x * kRowTiles * kTileRows;
-  const int num_chunks = a.in_features / kChunk;
-  const T* weight = static_cast<const T*>(a.weight) + int64_t{first_row + group} * a.in_features + member * 8;
-  const T* x = static_cast<const T*>(a.x) + member * 8;
+// The copying thread's view of the ring: stage i % kStages has the i-th piece of work.
+template <typename Config, bool kGated>
+struct Copier {
+  const SkinnyLinear& a;
+  const SkinnyMaps& maps;
+  const Share& share;
+  uint32_t ring, barriers;
 
-  uint4 w[kInFlight][kRowTiles][2];
-  const auto load_weights = [&](int chunk) {
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int at = chunk + i * kWarps;
-      if (at >= num_chunks) continue;
-#pragma unroll
-      for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t row = tile * kTileRows + half * 8;
-          w[i][tile][half] = load_once(weight + row * a.in_features + int64_t{at} * kChunk);
-        }
-      }
-    }
-  };
+  __device__ __forceinline__ uint32_t stage(int i) const { return ring + i % Config::kStages * Config::kStageBytes; }
+  __device__ __forceinline__ uint32_t full(int i) const { return barriers + i % Config::kStages * 16; }
 
-  load_weights(warp);
-  wait_for_previous_kernel();
-  allow_next_kernel();
-
-  float d[kRowTiles][kTokenTiles][4] = {};
-  for (int chunk = warp; chunk < num_chunks; chunk += kInFlight * kWarps) {
-    if (chunk != warp) load_weights(chunk);
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int at = chunk + i * kWarps;
-      if (at >= num_chunks) continue;
-#pragma unroll
-      for (int tokens = 0; tokens < kTokenTiles; ++tokens) {
-        const int token = tokens * kTileTokens + group;
-        uint4 b = {0, 0, 0, 0};
-        if (token < a.num_tokens) {
-          b = *reinterpret_cast<const uint4*>(x + token * a.x_row_stride + int64_t{at} * kChunk);
-        }
-#pragma unroll
-        for (int tile = 0; tile < kRowTiles; ++tile) {
-          const uint4 top = w[i][tile][0], bottom = w[i][tile][1];
-          const uint32_t first[4] = {top.x, bottom.x, top.y, bottom.y};
-          const uint32_t second[4] = {top.z, bottom.z, top.w, bottom.w};
-          multiply_add<T>(d[tile][tokens], first, b.x, b.y);
-          multiply_add<T>(d[tile][tokens], second, b.z, b.w);
-        }
+  __device__ __forceinline__ void copy_weights(int i) const {
+    constexpr int kUnitTiles = kGated ? 2 : 1;
+    const int pass = i / share.num_stages, column = i % share.num_stages * Config::kBoxes * kBoxColumns;
+    const int first = share.begin + pass * share.units_per_pass, tiles = share.units(pass) * kUnitTiles;
+    barrier_expect(full(i), Config::kBoxes * (tiles * Config::kWeightBoxBytes + Config::kTokenBoxBytes));
+    for (int box = 0; box < Config::kBoxes; ++box) {
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int row = (first + tile / kUnitTiles) * kTileRows + tile % kUnitTiles * (a.out_features / 2);
+        copy_box_once(stage(i) + (box * tiles + tile) * Config::kWeightBoxBytes, &maps.weight,
+                      column + box * kBoxColumns, row, full(i));
       }
     }
   }
 
+  __device__ __forceinline__ void copy_tokens(int i) const {
+    const int column = i % share.num_stages * Config::kBoxes * kBoxColumns;
+    for (int box = 0; box < Config::kBoxes; ++box) {
+      copy_box(stage(i) + Config::kWeightBytes + box * Config::kTokenBoxBytes, &maps.x, column + box * kBoxColumns, 0,
+               full(i));
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    const int total = share.num_passes * share.num_stages;
+    const int ahead = min(total, Config::kStages);
+    for (int i = 0; i < ahead; ++i) copy_weights(i);
+    wait_for_previous_kernel();
+    for (int i = 0; i < ahead; ++i) copy_tokens(i);
+    for (int i = ahead; i < total; ++i) {
+      barrier_wait(full(i) + 8, i / Config::kStages - 1);
+      copy_weights(i);
+      copy_tokens(i);
+    }
+  }
+};
+
+// Where a 16-byte piece of a row of boxes lies, swizzled.
+__device__ __forceinline__ uint32_t piece(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// d += one warp's part of a stage: every kSlices-th step along k, for its tokens.
+template <typename T, typename Config, int kRowTiles>
+__device__ __forceinline__ void multiply_stage(float (&d)[kRowTiles][Config::kGroupTokens / 8][4], uint32_t stage,
+                                               int tiles) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int slice = warp / Config::kGroups, group = warp % Config::kGroups;
+#pragma unroll
+  for (int i = 0; i < ceil_div(Config::kSteps, Config::kSlices); ++i) {
+    const int step = i * Config::kSlices + slice;
+    const int box = step / 4, chunk = step % 4 * 2;
+    const uint32_t tokens = stage + Config::kWeightBytes + box * Config::kTokenBoxBytes;
+    uint32_t b[4];
+    if constexpr (Config::kGroupTokens == 16) {
+      load_matrices(b, tokens + piece(group * 16 + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
+    } else {
+      load_two_matrices(b[0], b[1], tokens + piece(lane % 8, chunk + lane / 8 % 2));
+    }
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      if (tile >= tiles) break;
+      uint32_t w[4];
+      load_matrices(w, stage + (box * tiles + tile) * Config::kWeightBoxBytes + piece(lane % 16, chunk + lane / 16));
+#pragma unroll
+      for (int n = 0; n < Config::kGroupTokens / 8; ++n) multiply_add<T>(d[tile][n], w, b[2 * n], b[2 * n + 1]);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store(const SkinnyLinear& a, int token, int column, int width, float value) {
+  const int64_t at = token * int64_t{width} + column;
+  if (a.y_dtype == DType::kFloat32) {
+    static_cast<float*>(a.y)[at] = value;
+  } else {
+    static_cast<T*>(a.y)[at] = from_float<T>(value);
+  }
+}
+
+// Add up the warps' sums of a pass, tile by tile, and store them, or silu(gate) * up of each two tiles.
+template <typename T, typename Config, int kRowTiles, int kTokens, bool kGated>
+__device__ __forceinline__ void finish_pass(const SkinnyLinear& a,
+                                            const float (&d)[kRowTiles][Config::kGroupTokens / 8][4], float* sums,
+                                            int first_unit, int tiles) {
+  constexpr int kComputeThreads = Config::kWarps * kWarpSize;
+  constexpr int kValues = ceil_div(kTokens * kTileRows, kComputeThreads);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int slice = warp / Config::kGroups, group = warp % Config::kGroups;
+  float gate[kValues];
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile) {
+    if (tile >= tiles) break;
+    named_barrier_sync(1, kComputeThreads);  // the sums of the tile before have been read
 #pragma unroll
-    for (int tokens = 0; tokens < kTokenTiles; ++tokens) {
+    for (int n = 0; n < Config::kGroupTokens / 8; ++n) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int token = tokens * kTileTokens + member * 2 + j % 2;
-        sums[warp][token][tile * kTileRows + group + j / 2 * 8] = d[tile][tokens][j];
+        const int token = group * Config::kGroupTokens + n * 8 + lane % 4 * 2 + j % 2;
+        sums[(slice * kTokens + token) * Config::kSumPitch + lane / 4 + j / 2 * 8] = d[tile][n][j];
+      }
+    }
+    named_barrier_sync(1, kComputeThreads);
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) {
+      const int i = v * kComputeThreads + threadIdx.x, token = i / kTileRows, row = i % kTileRows;
+      if (token >= a.num_tokens) continue;
+      float sum = 0.f;
+#pragma unroll
+      for (int from = 0; from < Config::kSlices; ++from) {
+        sum += sums[(from * kTokens + token) * Config::kSumPitch + row];
+      }
+      if constexpr (kGated) {
+        const int column = (first_unit + tile / 2) * kTileRows + row;
+        sum = to_float(from_float<T>(sum));  // rounded at each step, as where these are operations of their own
+        if (tile % 2 == 0) {
+          gate[v] = sum;
+        } else {
+          const float activated = gate[v] / (1.f + exp2_fast(-1.4426950408889634f * gate[v]));
+          store<T>(a, token, column, a.out_features / 2, to_float(from_float<T>(activated)) * sum);
+        }
+      } else {
+        const int column = (first_unit + tile) * kTileRows + row;
+        if (a.bias != nullptr) sum += to_float(static_cast<const T*>(a.bias)[column]);
+        store<T>(a, token, column, a.out_features, sum);
       }
     }
   }
+}
+
+template <typename T, int kRowTiles, int kTokens, bool kGated>
+__global__ void __launch_bounds__(Skinny<kRowTiles, kTokens>::kThreads, 2)
+    skinny_linear_kernel(const __grid_constant__ SkinnyLinear a, const __grid_constant__ SkinnyMaps maps) {
+#if __CUDA_ARCH__ >= 900
+  using Config = Skinny<kRowTiles, kTokens>;
+  constexpr int kUnitTiles = kGated ? 2 : 1;
+  extern __shared__ char shared[];
+  allow_next_kernel();  // it waits for this one's end before it touches what this one writes
+  const uint32_t begin = shared_address(shared);
+  const uint32_t ring = (begin + Config::kAlignment - 1) / Config::kAlignment * Config::kAlignment;
+  float* sums = reinterpret_cast<float*>(shared + (ring - begin) + Config::kStages * Config::kStageBytes);
+  const uint32_t barriers = shared_address(sums) + Config::kSumBytes;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Config::kStages; ++i) {
+      barrier_init(barriers + i * 16, 1);
+      barrier_init(barriers + i * 16 + 8, Config::kWarps);
+    }
+    publish_barriers();
+  }
   __syncthreads();
-  constexpr int kBlockRows = kRowTiles * kTileRows;
-  for (int i = threadIdx.x; i < a.num_tokens * kBlockRows; i += kWarps * kWarpSize) {
-    const int token = i / kBlockRows, row = i % kBlockRows;
-    float sum = 0.f;
-#pragma unroll
-    for (int from = 0; from < kWarps; ++from) sum += sums[from][token][row];
-    if (a.bias != nullptr) sum += to_float(static_cast<const T*>(a.bias)[first_row + row]);
-    static_cast<Out*>(a.y)[token * int64_t{a.out_features} + first_row + row] = from_float<Out>(sum);
+  const Share share = find_share<Config, kRowTiles, kGated>(a);
+  if (threadIdx.x / kWarpSize == Config::kWarps) {
+    if (threadIdx.x % kWarpSize == 0) Copier<Config, kGated>{a, maps, share, ring, barriers}.run();
+    return;
   }
+  wait_for_previous_kernel();
+  int turn = 0;
+  for (int pass = 0; pass < share.num_passes; ++pass) {
+    const int tiles = share.units(pass) * kUnitTiles;
+    float d[kRowTiles][Config::kGroupTokens / 8][4] = {};
+    for (int i = 0; i < share.num_stages; ++i, ++turn) {
+      const int at = turn % Config::kStages;
+      barrier_wait(barriers + at * 16, turn / Config::kStages);
+      multiply_stage<T, Config, kRowTiles>(d, ring + at * Config::kStageBytes, tiles);
+      __syncwarp();
+      if (threadIdx.x % kWarpSize == 0) barrier_arrive(barriers + at * 16 + 8);
+    }
+    finish_pass<T, Config, kRowTiles, kTokens, kGated>(a, d, sums, share.begin + pass * share.units_per_pass, tiles);
+  }
+#endif
 }
 
-template <typename T, typename Out, int kRowTiles, int kTokenTiles, int kWarps>
-void launch_shape(const SkinnyLinear& a, Stream stream) {
-  launch(skinny_linear_kernel<T, Out, kRowTiles, kTokenTiles, kWarps>, a.out_features / (kRowTiles * kTileRows),
-         kWarps * kWarpSize, 0, stream, a);
+template <typename T, int kRowTiles, int kTokens, bool kGated>
+void launch_shape(const SkinnyLinear& a, int num_blocks, Stream stream) {
+  using Config = Skinny<kRowTiles, kTokens>;
+  const auto kernel = skinny_linear_kernel<T, kRowTiles, kTokens, kGated>;
+  allow_shared_memory<Config::kSharedBytes>(kernel);
+  const SkinnyMaps maps{make_tensor_map(a.weight, a.out_features, a.in_features, a.in_features, kTileRows),
+                        make_tensor_map(a.x, a.num_tokens, a.in_features, a.x_row_stride, kTokens)};
+  launch(kernel, num_blocks, Config::kThreads, Config::kSharedBytes, stream, a, maps);
 }
 
-template <typename T, typename Out>
-void launch_output(const SkinnyLinear& a, Stream stream) {
-  // Narrow layers make few thread blocks: more warps in each keep as many bytes under way.
-  const bool is_narrow = a.out_features < 2 * kTileRows * device_info().num_multiprocessors;
-  if (a.num_tokens > kTileTokens) {
-    // Two tiles share what is loaded of x, where that leaves enough thread blocks.
-    if (!is_narrow && a.out_features % (2 * kTileRows) == 0) return launch_shape<T, Out, 2, 2, 8>(a, stream);
-    return is_narrow ? launch_shape<T, Out, 1, 2, 16>(a, stream) : launch_shape<T, Out, 1, 2, 8>(a, stream);
+template <typename T, int kTokens>
+void launch_tokens(const SkinnyLinear& a, Stream stream) {
+  const int units = a.out_features / (a.is_gated ? 2 * kTileRows : kTileRows);
+  const int num_blocks = min(units, device_info().num_multiprocessors);
+  const int units_per_block = ceil_div(units, num_blocks);
+  if (a.is_gated) {
+    return units_per_block == 1 ? launch_shape<T, 2, kTokens, true>(a, num_blocks, stream)
+                                : launch_shape<T, 4, kTokens, true>(a, num_blocks, stream);
   }
-  return is_narrow ? launch_shape<T, Out, 1, 1, 16>(a, stream) : launch_shape<T, Out, 1, 1, 8>(a, stream);
+  switch (min(units_per_block, kMaxRowTiles)) {
+    case 1:
+      return launch_shape<T, 1, kTokens, false>(a, num_blocks, stream);
+    case 2:
+      return launch_shape<T, 2, kTokens, false>(a, num_blocks, stream);
+    case 3:
+      return launch_shape<T, 3, kTokens, false>(a, num_blocks, stream);
+    default:
+      return launch_shape<T, 4, kTokens, false>(a, num_blocks, stream);
+  }
 }
 
 template <typename T>
 void launch_dtype(const SkinnyLinear& a, Stream stream) {
-  return a.y_dtype == DType::kFloat32 ? launch_output<T, float>(a, stream) : launch_output<T, T>(a, stream);
+  if (a.num_tokens <= 8) return launch_tokens<T, 8>(a, stream);
+  return a.num_tokens <= 16 ? launch_tokens<T, 16>(a, stream) : launch_tokens<T, 32>(a, stream);
+}
+
+void require(bool condition, const char* field, const char* rule, int64_t value) {
+  if (!condition) {
+    throw std::invalid_argument("skinny_linear: " + std::string(field) + " must be " + rule + ", got " +
+                                std::to_string(value));
+  }
 }
 
 }  // namespace
 
+bool has_skinny_linear() { return device_info().has_dependent_launch; }
+
 void skinny_linear(const SkinnyLinear& a, Stream stream) {
   if (a.num_tokens == 0) return;
-  if (a.num_tokens > kMaxTokens || a.in_features % kChunk != 0 || a.out_features % kTileRows != 0 ||
-      a.x_row_stride % 8 != 0) {
-    throw std::invalid_argument(
-        "skinny_linear: takes up to " + std::to_string(kMaxTokens) + " rows, in_features a multiple of " +
-        std::to_string(kChunk) + ", out_features of " + std::to_string(kTileRows) + " and x's rows of 16 bytes, got " +
-        std::to_string(a.num_tokens) + " rows " + std::to_string(a.x_row_stride) + " elements apart, " +
-        std::to_string(a.in_features) + " and " + std::to_string(a.out_features));
-  }
+  require(has_skinny_linear(), "compute capability", "9.0 or higher, in code built for it", 0);
+  require(a.num_tokens <= kMaxTokens, "the number of rows", "at most 32", a.num_tokens);
+  require(a.in_features % 8 == 0, "in_features", "a multiple of 8", a.in_features);
+  require(a.x_row_stride % 8 == 0, "the distance of x's rows", "a multiple of 8", a.x_row_stride);
+  require(reinterpret_cast<uintptr_t>(a.x) % 16 == 0, "x's address", "a multiple of 16",
+          reinterpret_cast<intptr_t>(a.x));
+  require(a.out_features % (a.is_gated ? 2 * kTileRows : kTileRows) == 0, "out_features",
+          "a multiple of 16, or of 32 with gates", a.out_features);
+  require(!a.is_gated || (a.bias == nullptr && a.y_dtype == a.dtype), "bias and dtype of y", "none and x's with gates",
+          0);
   switch (a.dtype) {
     case DType::kBFloat16:
       return launch_dtype<__nv_bfloat16>(a, stream);

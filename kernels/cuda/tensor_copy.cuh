@@ -7,9 +7,9 @@
 
 namespace pagedcore::cuda {
 
-// A matrix of `row_elements` 16-bit elements a row, copied in boxes of `box_rows` rows by 64 elements, with the
-// 128-byte swizzle. The number of rows is not stated: the block table is trusted.
-inline CUtensorMap make_tensor_map(const void* matrix, int row_elements, int box_rows) {
+// A matrix of 16-bit elements, its rows `row_stride` elements apart, copied in boxes of `box_rows` rows by 64 elements
+// with the 128-byte swizzle. What a box has outside the matrix arrives as zeros.
+inline CUtensorMap make_tensor_map(const void* matrix, int64_t rows, int columns, int64_t row_stride, int box_rows) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -19,8 +19,8 @@ inline CUtensorMap make_tensor_map(const void* matrix, int row_elements, int box
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   CUtensorMap map{};
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(row_elements), cuuint64_t{1} << 31};
-  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(row_elements) * 2};
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(row_stride) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   // The copies move bits: one 16-bit type serves both.
@@ -65,6 +65,17 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(target),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same, of what is not read again soon: it goes from the L2 cache first.
+__device__ __forceinline__ void copy_box_once(uint32_t target, const CUtensorMap* map, int column, int row,
+                                              uint32_t barrier) {
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // what createpolicy.fractional.L2::evict_first returns for all
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(target),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(kEvictFirst)
       : "memory");
 }
 

@@ -12,7 +12,7 @@ constexpr int kTableWidth = 2;
 // A thread block to each row; all of them share the token ids.
 __global__ void __launch_bounds__(kThreads) unpack_step_kernel(const __grid_constant__ UnpackStep a) {
   wait_for_previous_kernel();
-  allow_next_kernel();
+  // No allow_next_kernel(): attention reads the tables ahead of its wait, so nothing may start before they are written.
   const int row = blockIdx.x, thread = threadIdx.x;
   for (int i = row * kThreads + thread; i < a.num_tokens; i += gridDim.x * kThreads) {
     const int32_t id = a.packed[kHeaderSize + i];

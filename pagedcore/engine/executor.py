@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pagedcore.engine.step_plan import Int32Array, StepPlan, StepResult
+from pagedcore.engine.step_sizes import StepSizes
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class PendingStep(Protocol):
 class Executor(Protocol):
     """Runs planned steps in the order of their launches, on one device or many.
 
-    `decode_batch_sizes`: see `SchedulerConfig`.
+    `step_sizes`: the sizes to which it wants steps padded.
     """
 
     kv_cache_shape: KVCacheShape
-    decode_batch_sizes: tuple[int, ...]
+    step_sizes: StepSizes
 
     def step_buffers(self) -> list[Int32Array]:
         """Three buffers, large enough for any step, in memory the device reads fast. The scheduler fills them in turn."""

@@ -41,7 +41,7 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.policy = policy
-        self._packer = StepPacker(blocks, config.max_num_seqs, config.decode_batch_sizes, buffers)
+        self._packer = StepPacker(blocks, config.max_num_seqs, config.step_sizes, buffers)
         self._swap_space = SwapSpace(blocks, config.preemption_mode, config.swap_cost_tokens)
         self._pinned = PinnedPrefixes(blocks)
         self._groups = GroupLifecycle(blocks, self._packer, self._swap_space, recorder)

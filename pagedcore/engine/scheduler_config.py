@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pagedcore.engine.step_sizes import NO_PADDING, StepSizes
 from pagedcore.engine.swap_space import PreemptionMode
 
 
@@ -11,14 +12,13 @@ from pagedcore.engine.swap_space import PreemptionMode
 class SchedulerConfig:
     """Limits of one step. Without chunked prefill, `max_num_batched_tokens` must be at least the longest sequence.
 
-    `decode_batch_sizes`: the numbers of rows, ascending, to which steps that only decode are padded, up to max_num_seqs at
-    least; empty: no padding. `swap_cost_tokens`: see `KVCacheShape`.
+    `swap_cost_tokens`: see `KVCacheShape`.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    decode_batch_sizes: tuple[int, ...] = ()
+    step_sizes: StepSizes = NO_PADDING
     preemption_mode: PreemptionMode = PreemptionMode.AUTO
     swap_cost_tokens: float = 0.0

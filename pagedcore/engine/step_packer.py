@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +18,7 @@ from pagedcore.engine.step_plan import (
     StepPlan,
     Swaps,
 )
+from pagedcore.engine.step_sizes import StepSizes
 
 _EXTRAS_OFFSET, _NUM_EXTRAS, _ANY_RANDOM, _MAX_LOGPROBS, _NUM_SWAP_OUTS, _NUM_SWAP_INS = (
     Header._fields.index(name)
@@ -49,12 +49,11 @@ class StepPacker:
     """Owns the step buffers, which it fills in turn, and the sampling parameters of every running sequence."""
 
     def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, decode_batch_sizes: tuple[int, ...], buffers: list[Int32Array]
+        self, blocks: BlockManager, max_num_seqs: int, step_sizes: StepSizes, buffers: list[Int32Array]
     ) -> None:
-        """`decode_batch_sizes`: see `SchedulerConfig`."""
         self.num_steps = 0
         self._blocks = blocks
-        self._decode_batch_sizes = decode_batch_sizes
+        self._step_sizes = step_sizes
         self._buffers = buffers
         self._sampling_table = np.zeros((max_num_seqs, NUM_SAMPLING_COLUMNS), dtype=np.int32)
         self._free_slots = list(range(max_num_seqs))
@@ -128,11 +127,7 @@ class StepPacker:
     def _padded_size(self, query_lens: list[int]) -> tuple[int, int]:
         """The rows and tokens of a step with its padding."""
         num_rows, num_tokens = len(query_lens), sum(query_lens)
-        sizes = self._decode_batch_sizes
-        if not sizes or num_tokens != num_rows or 0 in query_lens:
-            return num_rows, num_tokens
-        padded = sizes[bisect_left(sizes, num_rows)]
-        return padded, padded
+        return self._step_sizes.padded(num_rows, num_tokens, num_tokens == num_rows and 0 not in query_lens)
 
     def _fill_sampling(
         self, buffer: Int32Array, layout: StepLayout, used: int, sequences: list[Sequence], draws: list[int]

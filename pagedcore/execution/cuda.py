@@ -12,6 +12,7 @@ from pagedcore import _kernels, ops
 from pagedcore.config import EngineConfig
 from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan, StepResult
+from pagedcore.engine.step_sizes import NO_PADDING, StepSizes
 from pagedcore.errors import ConfigError, EngineDeadError
 from pagedcore.execution.cuda_step import CudaInputs, CudaStep
 from pagedcore.execution.kv_cache import (
@@ -35,6 +36,8 @@ MIN_BLOCK_SIZE = 16
 DEFAULT_SWAP_SPACE = 4.0  # GiB
 # Operations that a GPU computes of a prompt in the time in which it moves a byte over PCIe: about 6e14 / 2.5e10 a second.
 OPERATIONS_PER_SWAPPED_BYTE = 24_000
+# Operations that take a GPU about as long as Python takes to launch a step's kernels.
+LAUNCH_BOUND_OPERATIONS = 2.5e12
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _logger = logging.getLogger(__name__)
@@ -57,10 +60,24 @@ def cuda_dtype(asked: str, checkpoint: str) -> torch.dtype:
     return _DTYPES[asked]
 
 
-def decode_batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """The numbers of rows for which decode steps are captured: dense where a step is short, up to max_num_seqs."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 16, 16)]
-    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+def captured_sizes(max_num_seqs: int, max_num_batched_tokens: int, num_weights: float) -> StepSizes:
+    """The sizes for which steps of a model are captured.
+
+    Of decode steps: dense where a step is short, up to max_num_seqs. Of others: as long as launching their kernels one by
+    one takes longer than their work.
+    """
+
+    def up_to(limit: int, sizes: list[int]) -> tuple[int, ...]:
+        return (*(size for size in sizes if size < limit), limit)
+
+    decode_rows = up_to(max_num_seqs, [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs, 16)])
+    prefill_tokens = [*range(64, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256)]
+    most = min(max_num_batched_tokens, LAUNCH_BOUND_OPERATIONS / (2 * num_weights))
+    return StepSizes(
+        decode_rows,
+        tuple(size for size in prefill_tokens if size <= most),
+        up_to(max_num_seqs, [1, 8, 32, 128]),
+    )
 
 
 class CudaPendingStep:
@@ -109,7 +126,6 @@ class CudaExecutor:
         _check_kernels_serve(model_config, config.block_size)
         self._device = torch.device("cuda", torch.cuda.current_device())
         placement = Placement(cuda_dtype(config.dtype, model_config.dtype), self._device)
-        self.decode_batch_sizes = () if config.enforce_eager else decode_batch_sizes(config.max_num_seqs)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             self._load(config, model_config, folder, placement, max_model_len, max_num_batched_tokens)
@@ -128,6 +144,9 @@ class CudaExecutor:
         max_rows, block_size = config.max_num_seqs, config.block_size
         table_width = -(-max_model_len // block_size)
         model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
+        num_weights = model.num_bytes / placement.dtype.itemsize
+        sizes = NO_PADDING if config.enforce_eager else captured_sizes(max_rows, max_tokens, num_weights)
+        self.step_sizes = sizes
         activations = ActivationBuffers(model_config, max_tokens, max_rows, placement)
         block = block_bytes(model_config, block_size, placement)
         num_host_blocks = plan_swap_space(config, block, free_host_memory(), DEFAULT_SWAP_SPACE)
@@ -143,8 +162,9 @@ class CudaExecutor:
 
         # The largest step, on a cache of one block: what libraries allocate on first use is then allocated.
         self._step = CudaStep(model, KVCache(model_config, 1, block_size, placement), activations, inputs, workspace)
-        self._run_padding(min(max(max_tokens // max_model_len, 1), max_rows), min(max_tokens, max_model_len))
-        self._run_padding(max_rows, 1)
+        query_len = min(max_tokens, max_model_len)
+        self._run_padding(min(max(max_tokens // max_model_len, 1), max_rows), query_len, query_len)
+        self._run_padding(max_rows, 1, 1)
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         plan = plan_gpu_memory(
             config,
@@ -159,26 +179,29 @@ class CudaExecutor:
             total_bytes=total_bytes,
         )
         kv_cache = KVCache(model_config, plan.num_blocks, block_size, placement, num_host_blocks)
-        num_weights = model.num_bytes / placement.dtype.itemsize
         swap_cost = swap_cost_tokens(block, num_weights, OPERATIONS_PER_SWAPPED_BYTE)
         self.kv_cache_shape = KVCacheShape(plan.num_blocks, num_host_blocks, block_size, swap_cost)
         self._step = CudaStep(model, kv_cache, activations, inputs, workspace)
         before, _ = torch.cuda.mem_get_info(self._device)
         pool = torch.cuda.graph_pool_handle()
-        for num_rows in reversed(self.decode_batch_sizes):
-            self._run_padding(num_rows, 1)
-            self._step.capture(num_rows, pool)
+        for num_tokens in reversed(self.step_sizes.prefill_tokens):
+            self._run_padding(1, num_tokens, 0)
+            for num_rows in self.step_sizes.prefill_rows:
+                self._step.capture(num_tokens, num_rows, num_tokens, pool)
+        for num_rows in reversed(self.step_sizes.decode_rows):
+            self._run_padding(num_rows, 1, 1)
+            self._step.capture(num_rows, num_rows, 1, pool)
         after, _ = torch.cuda.mem_get_info(self._device)
         self.memory: MemoryPlan = plan.with_graphs(before - after)
 
-    def _run_padding(self, num_rows: int, query_len: int) -> None:
-        """Run a step of rows that write nothing and attend to block 0."""
+    def _run_padding(self, num_rows: int, query_len: int, seq_len: int) -> None:
+        """Run a step of rows that write nothing and attend to block 0, or, where seq_len is 0, to nothing."""
         num_tokens = num_rows * query_len
         layout = StepLayout(num_tokens, num_rows, 0)
         packed = torch.zeros(layout.copies, dtype=torch.int32)
         packed[layout.slot_mapping : layout.query_start_loc] = -1
         packed[layout.query_start_loc : layout.seq_lens] = torch.arange(num_rows + 1) * query_len
-        packed[layout.seq_lens : layout.block_tables] = query_len
+        packed[layout.seq_lens : layout.block_tables] = seq_len
         self._step.inputs.upload(packed)
         self._step.forward(num_tokens, num_rows, query_len)
         torch.cuda.current_stream().synchronize()

@@ -83,28 +83,29 @@ class CudaStep:
         self._kv_cache = kv_cache
         self._buffers = buffers
         self._workspace = workspace
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}  # by tokens, rows, is_decode
 
     def run(self, header: Header) -> None:
         """Compute the uploaded step: logits of each row's last token, and `inputs.last_token_ids`."""
         self._kv_cache.prepare(self.inputs.packed, header)
-        is_decode = header.max_query_len == 1 and header.num_tokens == header.num_rows
-        graph = self._graphs.get(header.num_rows) if is_decode else None
+        num_tokens, num_rows = header.num_tokens, header.num_rows
+        graph = self._graphs.get((num_tokens, num_rows, _is_decode(num_tokens, num_rows, header.max_query_len)))
         if graph is not None:
             graph.replay()
         else:
-            self.forward(header.num_tokens, header.num_rows, header.max_query_len)
+            self.forward(num_tokens, num_rows, header.max_query_len)
 
-    def capture(self, num_rows: int, pool: Any) -> None:
-        """Capture the decode step of `num_rows` rows on the current stream; one like it must have run before.
+    def capture(self, num_tokens: int, num_rows: int, max_query_len: int, pool: Any) -> None:
+        """Capture steps of this size on the current stream; one of as many tokens must have run before.
 
-        pool: where graphs that never run at the same time share their memory; the largest is captured first.
+        max_query_len: 1 for decode steps; above 1, the graph serves rows of any lengths. Graphs of one `pool`, which never run
+        at the same time, share their memory.
         """
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        self.forward(num_rows, num_rows, 1)
+        self.forward(num_tokens, num_rows, max_query_len)
         graph.capture_end()
-        self._graphs[num_rows] = graph
+        self._graphs[num_tokens, num_rows, _is_decode(num_tokens, num_rows, max_query_len)] = graph
 
     def forward(self, num_tokens: int, num_rows: int, max_query_len: int) -> None:
         """From the packed buffer to the drawn tokens. The arguments alone decide what is launched, and on which addresses."""
@@ -113,10 +114,15 @@ class CudaStep:
         attention, ends = inputs.attention(num_tokens, num_rows, max_query_len, self._workspace)
         self._model.embed(inputs.token_ids[:num_tokens], attention.positions, buffers)
         self._model(attention, self._kv_cache.layers, buffers.for_tokens(num_tokens))
-        if max_query_len == 1 and num_tokens == num_rows:
+        if _is_decode(num_tokens, num_rows, max_query_len):
             last = buffers.for_decode(num_rows)
         else:
             buffers.gather_last(ends - 1)
             last = buffers.for_rows(num_rows)
         self._model.head(last)
         ops.sample(last.logits, inputs.sampling[:num_rows], inputs.last_token_ids[:num_rows])
+
+
+def _is_decode(num_tokens: int, num_rows: int, max_query_len: int) -> bool:
+    """Whether every row has one token, so that the tokens are the rows."""
+    return max_query_len == 1 and num_tokens == num_rows

@@ -15,6 +15,7 @@ from pagedcore.config import EngineConfig
 from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.sampling_extras import max_extras
 from pagedcore.engine.step_plan import Int32Array, StepLayout, StepPlan, StepResult
+from pagedcore.engine.step_sizes import NO_PADDING
 from pagedcore.errors import ConfigError
 from pagedcore.execution.batch import InputBuffers
 from pagedcore.execution.kv_cache import (
@@ -83,7 +84,7 @@ class LocalExecutor:
     `memory` says where the memory went.
     """
 
-    decode_batch_sizes: tuple[int, ...] = ()  # a CPU step needs no padding
+    step_sizes = NO_PADDING  # a CPU step needs no padding
 
     def __init__(
         self,

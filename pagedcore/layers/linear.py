@@ -165,6 +165,16 @@ class GateUpLinear(Linear):
             rows = slice(i * size, (i + 1) * size)
             yield from self._slots(f"{prefix}.{name}", rows, self.full_size, self.group.rank * size)
 
+    def gated(self, x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """out = silu(gate) * up.
+
+        x: [num_tokens, hidden_size]. gate_up: [num_tokens, 2 * size], room to work in. out: [num_tokens, size].
+        """
+        if x.is_cuda and self.bias is None and self.weight is not None and ops.gated_linear(x, self.weight, out):
+            return
+        self(x, gate_up)
+        ops.silu_and_mul(gate_up, out)
+
 
 class RowLinear(Linear):
     """Split by input features: the ranks' partial sums are added. Rank 0 adds the bias."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from pagedcore import ops
 from pagedcore.layers.activations import ActivationBuffers, Activations, LastActivations
 from pagedcore.layers.attention import Attention, AttentionInputs, LayerKVCache
 from pagedcore.layers.embedding import Embedding
@@ -33,8 +32,7 @@ class MLP(nn.Module):
 
     def forward(self, activations: Activations) -> None:
         """`activations.normed` -> `activations.hidden`."""
-        self.gate_up_proj(activations.normed, activations.gate_up)
-        ops.silu_and_mul(activations.gate_up, activations.mlp)
+        self.gate_up_proj.gated(activations.normed, activations.gate_up, activations.mlp)
         self.down_proj(activations.mlp, activations.hidden)
 
 

@@ -14,7 +14,7 @@ from pagedcore.ops.attention import (
 )
 from pagedcore.ops.cpu import CpuGraph, instruction_set, num_threads, request_huge_pages, set_num_threads
 from pagedcore.ops.elementwise import layer_norm, relu, rms_norm, silu_and_mul
-from pagedcore.ops.linear import PackedWeight, WeightArena, linear, pack_linear, packed_linear
+from pagedcore.ops.linear import PackedWeight, WeightArena, gated_linear, linear, pack_linear, packed_linear
 from pagedcore.ops.sampling import logprobs, sample
 from pagedcore.ops.step import unpack_step
 
@@ -23,6 +23,7 @@ __all__ = [
     "PackedWeight",
     "WeightArena",
     "copy_blocks",
+    "gated_linear",
     "instruction_set",
     "layer_norm",
     "linear",

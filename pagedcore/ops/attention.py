@@ -99,8 +99,9 @@ def paged_attention(
         [query_start_loc[r], query_start_loc[r + 1]), which are the last ones of its seq_lens[r] tokens.
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim] of q's dtype, block_size a power of two.
     block_tables: [num_rows, table_width] int32. query_start_loc: [num_rows + 1] int32. seq_lens: [num_rows] int32, 0 in padding.
-    scale: above 0. workspace: on a GPU, `paged_attention_workspace_bytes` bytes or more, zeroed before its first use; there, the
-    last kernel enqueued before this one must not write block_tables, query_start_loc or seq_lens, which are read ahead of its end.
+    scale: above 0. workspace: on a GPU, `paged_attention_workspace_bytes` bytes or more, zeroed before its first use; there,
+    block_tables, query_start_loc and seq_lens are read before the kernels ahead have ended: only `unpack_step`, torch or a copy
+    may write them.
     Tokens of padding rows, and those behind the last row, come out as zeros.
     """
     num_tokens, num_heads, head_dim = q.shape

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from pagedcore import _kernels
-from pagedcore.ops.border import DTYPE_CODES, addresses, fit, refuse, run
+from pagedcore.ops.border import DTYPE_CODES, addresses, fit, refuse, require_cuda, run
 from pagedcore.ops.cpu import request_huge_pages
 
+MAX_SKINNY_ROWS = 32
+
 _CACHE_LINE = 64
+_LINEAR_RULE = "x [T, K], weight [N, K], bias [N] and out [T, N] on a GPU"
 
 
 class WeightArena:
@@ -105,7 +109,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, skinn
     """y = x W^T (+ bias), accumulated in float32, on a GPU: by a kernel of our own where that is faster than cuBLAS.
 
     x: [num_tokens, in_features], rows may be strided. weight: [out_features, in_features]. bias: [out_features].
-    out: [num_tokens, out_features], of x's dtype or, without a bias, float32. skinny: whether to use our own kernel (up to 16
+    out: [num_tokens, out_features], of x's dtype or, without a bias, float32. skinny: whether to use our own kernel (up to 32
     rows), whatever is faster. Returns out.
     """
     num_tokens, in_features = x.shape
@@ -120,20 +124,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, skinn
         and fit(dtype, True, weight, bias)
         and fit(out.dtype, True, out)
     ):
-        refuse(
-            "linear",
-            "x [T, K], weight [N, K], bias [N] and out [T, N] on a GPU",
-            x=x,
-            weight=weight,
-            bias=bias,
-            out=out,
-        )
+        refuse("linear", _LINEAR_RULE, x=x, weight=weight, bias=bias, out=out)
     if skinny is None:
-        skinny = dtype is not torch.float32 and _is_skinny(num_tokens, x.stride(0), in_features, out_features)
+        skinny = _is_skinny(x, out_features)
     if skinny:
-        sizes = (x.stride(0), num_tokens, in_features, out_features)
-        codes = (DTYPE_CODES[dtype], DTYPE_CODES[out.dtype])
-        run("skinny_linear", True, *addresses(out, x, weight, bias), *sizes, *codes)
+        _skinny_linear(x, weight, bias, out, False)
     elif bias is not None:
         torch.addmm(bias, x, weight.t(), out=out)
     elif out.dtype is dtype:
@@ -143,10 +138,47 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, skinn
     return out
 
 
-def _is_skinny(num_tokens: int, row_stride: int, in_features: int, out_features: int) -> bool:
-    """Whether `skinny_linear` takes these sizes and was the faster one on an H100 (ADR 0007)."""
-    if row_stride % 8 or in_features % 32 or out_features % 16:
+def gated_linear(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """y = silu(x W1^T) * (x W2^T) in one kernel on a GPU, W1 and W2 the halves of W; False, and nothing done, where it has none.
+
+    x: [num_tokens, in_features], rows may be strided. weight: [2 * size, in_features]. out: [num_tokens, size]. All of one
+    dtype. The results are those of `linear` and `silu_and_mul`, each operation rounded (SwiGLU, Shazeer 2020, equation 6).
+    """
+    (num_tokens, in_features), dtype = x.shape, x.dtype
+    if not (
+        weight.shape == (2 * out.shape[1], in_features)
+        and len(out) == num_tokens
+        and x.stride(1) == 1
+        and x.is_cuda
+        and fit(dtype, True, weight, out)
+    ):
+        refuse("gated_linear", "x [T, K], weight [2 * N, K] and out [T, N] on a GPU", x=x, weight=weight, out=out)
+    if len(weight) % 32 or not _is_skinny(x, len(weight)):
         return False
-    if num_tokens <= 8:
-        return in_features * out_features <= 4096 * 4096
-    return num_tokens <= 16 and out_features <= 2048
+    _skinny_linear(x, weight, None, out, True)
+    return True
+
+
+def _skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, is_gated: bool) -> None:
+    sizes = (x.stride(0), len(x), x.shape[1], len(weight))
+    codes = (DTYPE_CODES[x.dtype], DTYPE_CODES[out.dtype], is_gated)
+    run("skinny_linear", True, *addresses(out, x, weight, bias), *sizes, *codes)
+
+
+def _is_skinny(x: Tensor, out_features: int) -> bool:
+    """Whether `skinny_linear` takes these sizes; it is then the faster one (ADR 0007)."""
+    return (
+        len(x) <= MAX_SKINNY_ROWS
+        and x.dtype is not torch.float32
+        and x.stride(0) % 8 == 0
+        and x.shape[1] % 8 == 0
+        and out_features % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and _has_skinny_linear()
+    )
+
+
+@cache
+def _has_skinny_linear() -> bool:
+    require_cuda()
+    return _kernels.cuda.has_skinny_linear()

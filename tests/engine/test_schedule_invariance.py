@@ -14,6 +14,7 @@ from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler
 from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.sequence import FinishReason
+from pagedcore.engine.step_sizes import NO_PADDING, StepSizes
 from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError
 from tests.reference.fake_model import FakeExecutor, reference_tokens
@@ -31,7 +32,7 @@ def make_engine(
     max_num_batched_tokens: int = 32,
     enable_prefix_caching: bool = True,
     one_step_ahead: bool = True,
-    decode_batch_sizes: tuple[int, ...] = (),
+    step_sizes: StepSizes = NO_PADDING,
     num_host_blocks: int = 0,
     preemption_mode: PreemptionMode = PreemptionMode.SWAP,
     swap_cost_tokens: float = 0.0,
@@ -52,7 +53,7 @@ def make_engine(
         max_num_seqs,
         max_num_batched_tokens,
         enable_prefix_caching,
-        decode_batch_sizes=decode_batch_sizes,
+        step_sizes=step_sizes,
         preemption_mode=preemption_mode,
         swap_cost_tokens=swap_cost_tokens,
     )
@@ -122,7 +123,9 @@ def test_tokens_do_not_depend_on_the_schedule(
             max_num_batched_tokens=budget,
             enable_prefix_caching=enable_prefix_caching,
             one_step_ahead=one_step_ahead,
-            decode_batch_sizes=(1, 3, max_num_seqs + 1) if seed % 2 else (),
+            step_sizes=StepSizes((1, 3, max_num_seqs + 1), (4, 9, budget), (2, max_num_seqs))
+            if seed % 2
+            else NO_PADDING,
         )
         requests = make_requests(seed, 24)
         rng = random.Random(seed)

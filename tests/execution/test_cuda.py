@@ -13,7 +13,7 @@ import transformers
 from pagedcore import LLM, SamplingParams
 from pagedcore.config import EngineConfig
 from pagedcore.errors import ConfigError
-from pagedcore.execution.cuda import CudaExecutor, cuda_dtype, decode_batch_sizes
+from pagedcore.execution.cuda import CudaExecutor, captured_sizes, cuda_dtype
 from pagedcore.execution.kv_cache import GRAPH_BYTES, MemoryPlan, plan_gpu_memory
 from tests.models import tiny
 
@@ -24,9 +24,19 @@ SHAPE: dict[str, Any] = {"head_dim": 64, "num_attention_heads": 8, "hidden_size"
 
 def test_captured_sizes_reach_every_batch() -> None:
     for limit in (1, 3, 8, 100, 256, 300, 1000):
-        sizes = decode_batch_sizes(limit)
+        step_sizes = captured_sizes(limit, 2048, 6e8)
+        sizes = step_sizes.decode_rows
         assert list(sizes) == sorted(set(sizes)) and sizes[-1] == limit
         assert sizes[: min(3, limit)] == (1, 2, 4)[: len(sizes)] or limit == 3
+        assert list(step_sizes.prefill_rows) == sorted(set(step_sizes.prefill_rows))
+        assert step_sizes.prefill_rows[-1] == limit
+
+
+def test_prompts_are_captured_as_long_as_launching_takes_longer_than_their_work() -> None:
+    assert captured_sizes(8, 8192, 6e8).prefill_tokens[-1] == 2048
+    assert captured_sizes(8, 300, 6e8).prefill_tokens[-1] == 256
+    assert captured_sizes(8, 8192, 8e9).prefill_tokens == (64, 128)
+    assert captured_sizes(8, 8192, 7e10).prefill_tokens == ()
 
 
 def test_dtype_on_a_gpu() -> None:
@@ -111,7 +121,10 @@ def test_graphs_draw_what_eager_steps_draw_at_every_batch_size(tmp_path: Path) -
     arguments: dict[str, Any] = {"device": "cuda", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 26}
     llm = LLM(str(tmp_path), max_num_seqs=40, **arguments)
     graphs = _executor(llm)._step._graphs
-    assert tuple(sorted(graphs)) == decode_batch_sizes(40)
+    sizes = _executor(llm).step_sizes
+    assert sizes.decode_rows[-1] == 40 and sizes.prefill_tokens[-1] >= 512
+    prefill = {(tokens, rows, False) for tokens in sizes.prefill_tokens for rows in sizes.prefill_rows}
+    assert set(graphs) == prefill | {(rows, rows, True) for rows in sizes.decode_rows}
     kept = dict(graphs)
     for count in (1, 2, 3, 5, 8, 17, 40):
         prompts = _prompts(count, count)

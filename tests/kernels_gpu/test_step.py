@@ -13,9 +13,13 @@ DEVICE = torch.device("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_tokens", "skinny"), [(1, True), (3, True), (8, True), (9, True), (16, True), (17, None)])
 @pytest.mark.parametrize(
-    ("out_features", "in_features"), [(16, 32), (48, 576), (6144, 4096), (4096, 14336), (1024, 3072), (49152, 576)]
+    ("num_tokens", "skinny"),
+    [(1, True), (3, True), (8, True), (9, True), (16, True), (17, True), (32, True), (33, None)],
+)
+@pytest.mark.parametrize(
+    ("out_features", "in_features"),
+    [(16, 32), (48, 576), (6144, 4096), (4096, 14336), (1024, 3072), (2144, 72), (49152, 576)],
 )
 def test_linear_is_as_exact_as_its_dtype(
     out_features: int, in_features: int, num_tokens: int, skinny: bool | None, dtype: torch.dtype
@@ -36,6 +40,60 @@ def test_linear_is_as_exact_as_its_dtype(
         tolerance = 2e-5 * in_features**0.5 if out_dtype is torch.float32 else rounding * (1 + expected.abs())
         assert ((out.double() - expected).abs() <= tolerance).all()
         assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 8, 13, 32])
+@pytest.mark.parametrize(("size", "in_features"), [(16, 64), (48, 576), (3072, 1024), (14336, 4096)])
+def test_gates_are_applied_as_in_two_steps(size: int, in_features: int, num_tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(size + num_tokens)
+    x = torch.randn(num_tokens, in_features, device=DEVICE, dtype=dtype)
+    weight = torch.randn(2 * size, in_features, device=DEVICE, dtype=dtype) / in_features**0.5
+    out = torch.full((num_tokens, size), torch.nan, device=DEVICE, dtype=dtype)
+    assert ops.gated_linear(x, weight, out)
+    gate_up = torch.empty(num_tokens, 2 * size, device=DEVICE, dtype=dtype)
+    separate = torch.empty_like(out)
+    ops.silu_and_mul(ops.linear(x, weight, None, gate_up, skinny=True), separate)
+    assert torch.equal(out, separate)
+    exact = x.double() @ weight.double().t()
+    expected = torch.nn.functional.silu(exact[:, :size]) * exact[:, size:]
+    assert ((out.double() - expected).abs() <= 4 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
+    assert not ops.gated_linear(x.repeat(33, 1)[:33], weight, out.repeat(33, 1)[:33]), "too many rows for one kernel"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 32])
+def test_layers_in_sequence_see_each_other_results(num_tokens: int) -> None:
+    """Kernels start before those ahead have ended; a chain of dependent ones must come out as one by one."""
+    torch.manual_seed(num_tokens)
+    size, rounds = 1024, 40
+    weights = [torch.randn(2 * size, size, device=DEVICE, dtype=torch.bfloat16) / 32 for _ in range(rounds)]
+    norm = torch.ones(size, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(num_tokens, size, device=DEVICE, dtype=torch.bfloat16)
+    buffers = [torch.empty_like(x) for _ in range(3)]
+
+    def chain(synchronize: bool) -> torch.Tensor:
+        residual, normed, hidden = buffers
+        hidden.copy_(x)
+        residual.zero_()
+        for weight in weights:
+            ops.rms_norm(hidden, norm, 1e-6, residual, normed)
+            if synchronize:
+                torch.cuda.synchronize()
+            assert ops.gated_linear(normed, weight, hidden)
+            if synchronize:
+                torch.cuda.synchronize()
+        return residual.clone()
+
+    one_by_one = chain(True)
+    assert one_by_one.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(chain(False), one_by_one)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(False)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(captured, one_by_one)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_rows", "width"), [(1, 1, 1), (5, 5, 300), (300, 7, 2), (64, 64, 130)])

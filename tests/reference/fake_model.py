@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.step_plan import HEADER_SIZE, Header, Int32Array, SamplingColumn, StepLayout, StepPlan, StepResult
+from pagedcore.engine.step_sizes import NO_PADDING
 
 _MASK = 2**64 - 1
 _ROOT = 0x5851F42D4C957F2D
@@ -104,7 +105,7 @@ class FakeExecutor:
         num_host_blocks: int = 0,
     ) -> None:
         self.kv_cache_shape = KVCacheShape(num_blocks, num_host_blocks, block_size)
-        self.decode_batch_sizes: tuple[int, ...] = ()
+        self.step_sizes = NO_PADDING
         self.fail_steps: set[int] = set()
         self.broken_steps: set[int] = set()
         self.short_steps: set[int] = set()
