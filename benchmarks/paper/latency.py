@@ -22,6 +22,7 @@ from benchmarks.paper.step_time import (
 from benchmarks.paper.workloads import (
     ALPACA,
     SHAREGPT,
+    BeamTrace,
     ChatTrace,
     LogNormalLengths,
     PlainTrace,
@@ -43,9 +44,15 @@ SAMPLES_GUESS = {
     4: {"paged": 9.5, "orca_oracle": 6.0, "orca_pow2": 4.0, "orca_max": 1.1},
     6: {"paged": 6.5, "orca_oracle": 4.0, "orca_pow2": 2.7, "orca_max": 0.7},
 }
+BEAMS_GUESS = {
+    2: {"paged": 20.0, "orca_oracle": 12.0, "orca_pow2": 8.0, "orca_max": 2.2},
+    4: {"paged": 12.0, "orca_oracle": 6.0, "orca_pow2": 4.0, "orca_max": 1.1},
+    6: {"paged": 8.0, "orca_oracle": 4.0, "orca_pow2": 2.7, "orca_max": 0.7},
+}
 CHAT_GUESS = {"paged": 0.9, "paged_cached": 0.9, "orca_oracle": 0.6, "orca_pow2": 0.6, "orca_max": 0.6}
 # English-German sentence pairs: the paper does not give their lengths; these are a choice.
 TRANSLATION = LogNormalLengths("translation", 35.0, 40.0, prompt_sigma=0.5, output_sigma=0.5)
+FIGURE_14_BEAMS = 2.3  # against Orca (Oracle), with beams of six (section 6.3)
 FIGURE_16 = {80: 1.67, 341: 3.58}
 
 
@@ -70,11 +77,11 @@ def sweeps() -> dict[tuple[str, ...], Sweep]:
         add(("fastest", policy), opt_13b(policy, fastest), PlainTrace(SHAREGPT), 1.6 * sharegpt, 600)
         add(("fig 12", "Alpaca", policy), opt_13b(policy), PlainTrace(ALPACA), ALPACA_GUESS[policy], 300)
         add(("large", policy), opt_175b(policy), PlainTrace(ALPACA), LARGE_GUESS[policy], 300)
-    for num_samples, guesses in SAMPLES_GUESS.items():
-        samples = PlainTrace(ALPACA, num_samples)
-        for policy, guess in guesses.items():
-            config = replace(opt_13b(policy), max_num_seqs=512)
-            add(("fig 14", str(num_samples), policy), config, samples, guess, 300)
+    for method, make_trace, all_guesses in (("samples", PlainTrace, SAMPLES_GUESS), ("beams", BeamTrace, BEAMS_GUESS)):
+        for width, guesses in all_guesses.items():
+            for policy, guess in guesses.items():
+                config = replace(opt_13b(policy), max_num_seqs=512)
+                add(("fig 14", method, str(width), policy), config, make_trace(ALPACA, width), guess, 300)
     for prefix_len, guesses in PREFIX_GUESS.items():
         trace = SharedPrefixTrace(TRANSLATION, prefix_len)
         for policy, guess in guesses.items():
@@ -89,6 +96,11 @@ def sweeps() -> dict[tuple[str, ...], Sweep]:
 
 def _curves(points: dict[tuple[str, ...], list[Point]], *key: str) -> dict[str, list[Point]]:
     return {name[-1]: run for name, run in points.items() if name[:-1] == key}
+
+
+def rate_of(points: dict[tuple[str, ...], list[Point]], *key: str) -> float:
+    """The rate that a system sustains."""
+    return sustained_rate(points[key], SUSTAINED)
 
 
 def _gains(title: str, curves: dict[str, list[Point]], own: str = "paged") -> list[report.Row]:
@@ -127,16 +139,18 @@ def figure_12(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
 
 
 def figure_14(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
-    """Parallel sampling: the paged engine computes and keeps a prompt once, the others once for each sample."""
+    """Samples and beams: the paged engine shares what they have in common, the others have a sequence for each."""
     rows = []
-    with plots.figure("fig14", columns=3, size=(3.7, 2.9)) as axes:
-        for axis, num_samples in zip(axes, SAMPLES_GUESS, strict=True):
-            curves = _curves(points, "fig 14", str(num_samples))
+    with plots.figure("fig14", columns=3, rows=2, size=(3.7, 2.7)) as axes:
+        panels = [(method, width) for method in ("samples", "beams") for width in SAMPLES_GUESS]
+        for axis, (method, width) in zip(axes, panels, strict=True):
+            curves = _curves(points, "fig 14", method, str(width))
             plots.latency_curves(axis, curves)
-            axis.set_title(f"Alpaca, {num_samples} samples (simulated)")
-            rows += _gains(f"fig 14: {num_samples} samples", curves)
+            axis.set_title(f"Alpaca, {width} {method} (simulated)")
+            rows += _gains(f"fig 14: {width} {method}", curves)
         plots.legend_below(axes[0], columns=4)
-    return rows
+    own, oracle = (rate_of(points, "fig 14", "beams", "6", policy) for policy in ("paged", "orca_oracle"))
+    return [*rows, paper_row("fig 14: 6 beams, against Orca (Oracle), gain", own / oracle, "x", FIGURE_14_BEAMS)]
 
 
 def figure_16(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:

@@ -23,7 +23,7 @@ NOTES = (
 
 def main() -> None:
     begin = time.monotonic()
-    sweeps = memory.sweeps() | latency.sweeps()
+    sweeps = memory.sweeps() | latency.sweeps() | sharing.sweeps()
     points = dict(zip(sweeps, run_sweeps(list(sweeps.values())), strict=True))
     rows = (
         shapes.step_times()
@@ -31,9 +31,15 @@ def main() -> None:
         + shapes.figure_1_left()
         + memory.figure_1_right(points)
         + memory.figure_2(points)
+        + memory.waste_by_cause(points)
     )
     rows += memory.waste_by_block_size(points) + shapes.figure_3() + shapes.figure_11() + latency.figure_12(points)
-    rows += memory.figure_13(points) + memory.published_traces(points) + latency.figure_14(points) + sharing.figure_15()
+    rows += (
+        memory.figure_13(points)
+        + memory.published_traces(points)
+        + latency.figure_14(points)
+        + sharing.figure_15(points)
+    )
     rows += latency.figure_16(points) + latency.figure_17(points)
     report.write("paper", rows, NOTES)
     page.write()

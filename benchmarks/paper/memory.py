@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from benchmarks import report
@@ -9,9 +10,10 @@ from benchmarks.paper import plots
 from benchmarks.paper.memory_use import MemoryUse
 from benchmarks.paper.runs import LABELS, Point, Sweep
 from benchmarks.paper.shapes import paper_row
-from benchmarks.paper.simulator import SimulationConfig
+from benchmarks.paper.simulator import SimulationConfig, SimulationResult
 from benchmarks.paper.step_time import A100_40GB, HARDWARE_LIMIT, OPT_13B, StepTime, paper_system, step_time
 from benchmarks.paper.workloads import ALPACA, AZURE, MOONCAKE, SHAREGPT, SHAREGPT_8K, PlainTrace
+from pagedcore.engine.scheduler_config import SchedulerConfig
 
 KINDS = ("token_states", "reserved", "internal", "external")
 KIND_NAMES = ("token states", "reserved", "internal fragmentation", "external fragmentation & others")
@@ -30,12 +32,29 @@ FIGURE_13 = {
 LOADS = {"ShareGPT": (SHAREGPT, 2.0, 1800.0), "Alpaca": (ALPACA, 30.0, 600.0)}
 # Rates at which every policy has requests waiting.
 PUBLISHED = {"Azure": (AZURE, 2.0), "ShareGPT 8k": (SHAREGPT_8K, 2.0), "Mooncake": (MOONCAKE, 2.0)}
+BLOCK_SIZE = 16
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Shares of the pool that admission leaves free.
+MARGINS = (0.0, 0.005, 0.01, 0.02, 0.04)
+CAUSES = ("last_block", "ahead", "margin", "returning", "new")
+CAUSE_NAMES = (
+    "empty slots of last blocks",
+    "blocks for later chunks of prompts",
+    "free: the margin of admission",
+    "free: too few for a preempted request",
+    "free: too few for the next prompt",
+)
+CAUSE_COLORS = ("#e9b44c", "#8f979e", "#7d6b9e", "#3d9a5b", "#b9bec4")
 BATCH_LIMITS = (1, 2, 4, 7, 10, 15, 20, 25, 30, 35, 40)
 
 
 def opt_13b(
-    policy: str, time: StepTime | None = None, block_size: int = 16, max_num_seqs: int = 256
+    policy: str,
+    time: StepTime | None = None,
+    block_size: int = BLOCK_SIZE,
+    max_num_seqs: int = 256,
+    *,
+    with_memory: bool = False,
 ) -> SimulationConfig:
     """OPT-13B on the paper's A100, under a policy; the step time is the paper's system's unless one is given."""
     return SimulationConfig(
@@ -44,6 +63,7 @@ def opt_13b(
         OPT_13B.num_slots,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
+        with_memory=with_memory,
     )
 
 
@@ -53,12 +73,22 @@ def sweeps() -> dict[tuple[str, ...], Sweep]:
     found: dict[tuple[str, ...], Sweep] = {}
     for policy in FIGURE_2:
         for name, (lengths, rate, seconds) in LOADS.items():
-            found["load", name, policy] = Sweep(opt_13b(policy), PlainTrace(lengths), (rate,), seconds)
+            found["load", name, policy] = Sweep(
+                opt_13b(policy, with_memory=True), PlainTrace(lengths), (rate,), seconds
+            )
             found["fastest", name, policy] = Sweep(opt_13b(policy, fastest), PlainTrace(lengths), (rate,), seconds / 2)
         for name, (source, rate) in PUBLISHED.items():
-            found["published", name, policy] = Sweep(opt_13b(policy), PlainTrace(source), (rate,), 600.0)
+            found["published", name, policy] = Sweep(
+                opt_13b(policy, with_memory=True), PlainTrace(source), (rate,), 600.0
+            )
     for size in BLOCK_SIZES:
-        found["block size", str(size)] = Sweep(opt_13b("paged", block_size=size), PlainTrace(SHAREGPT), (2.0,), 900.0)
+        config = opt_13b("paged", block_size=size, with_memory=True)
+        found["block size", str(size)] = Sweep(config, PlainTrace(SHAREGPT), (2.0,), 900.0)
+    for margin in MARGINS:
+        config = replace(opt_13b("paged", with_memory=True), watermark=margin)
+        found["margin", str(margin)] = Sweep(config, PlainTrace(SHAREGPT), (2.0,), 900.0)
+    cached = replace(opt_13b("paged", with_memory=True), enable_prefix_caching=True)
+    found[("prefix cache",)] = Sweep(cached, PlainTrace(SHAREGPT), (2.0,), 900.0)
     for policy in ("paged", "orca_max"):
         for limit in BATCH_LIMITS if policy == "paged" else BATCH_LIMITS[:4]:
             config = opt_13b(policy, max_num_seqs=limit)
@@ -116,9 +146,44 @@ def figure_2(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
             if paper and (policy != "paged" or kind == "token_states"):
                 rows.append(paper_row(f"fig 2: {LABELS[policy]}, {name}", getattr(own[policy], kind), "%", paper))
     waste = 100 - own["paged"].token_states
-    in_blocks = own["paged"].reserved + own["paged"].internal
     rows.append(report.row("fig 2: all waste", waste, "%", "vLLM in the paper", 3.7, higher_is_better=False))
-    rows.append(report.row("fig 2: waste in last blocks", in_blocks, "%", "target", 2.0, higher_is_better=False))
+    return rows
+
+
+def waste_percent(result: SimulationResult) -> dict[str, float]:
+    """Each cause of `PagedWaste` in percent of the K/V memory that is not idle."""
+    scale = 100 / (result.memory.total - result.memory.idle)
+    return {cause: scale * getattr(result.waste, cause) for cause in CAUSES}
+
+
+def waste_by_cause(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
+    """Of what the paged engine's waste in figure 2 is made, and what the margin of admission is worth."""
+    rows = []
+
+    def add(name: str, value: float, unit: str, peer: str, peer_value: float) -> None:
+        rows.append(report.row(name, value, unit, peer, peer_value, higher_is_better=unit == "tok/s"))
+
+    load = points["load", "ShareGPT", "paged"][0].result
+    percent = waste_percent(load)
+    total = sum(percent.values())
+    for cause, name in zip(CAUSES, CAUSE_NAMES, strict=True):
+        add(f"waste by cause: {name}", percent[cause], "%", "all causes", total)
+    half = 100 * load.batched * (BLOCK_SIZE - 1) / 2 / (load.memory.total - load.memory.idle)
+    add(
+        "waste by cause: empty slots of last blocks", percent["last_block"], "%", "half a block for each sequence", half
+    )
+    cached = points[("prefix cache",)][0].result
+    revived = 100 * cached.revived_slots / (cached.memory.total - cached.memory.idle)
+    held = sum(waste_percent(cached).values())
+    add("waste by cause: all, where K/V that preempted requests find again counts", held - revived, "%", "held", held)
+    default = points["margin", str(SchedulerConfig.watermark)][0].result
+    for margin in MARGINS:
+        result = points["margin", str(margin)][0].result
+        name = f"margin: {100 * margin:g} % of the blocks left free by admission"
+        add(f"{name}, all waste", sum(waste_percent(result).values()), "%", "target", 2.0)
+        own, peer = result.output_tokens_per_second, default.output_tokens_per_second
+        add(f"{name}, output", own, "tok/s", f"{100 * SchedulerConfig.watermark:g} %", peer)
+        add(f"{name}, preemptions", max(result.preemptions, 1), "", "1 %", default.preemptions)
     return rows
 
 
@@ -134,24 +199,21 @@ def _draw_use(axis: Any, uses: dict[str, MemoryUse]) -> None:
 
 def waste_by_block_size(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
     """What of the paged pool is wasted at each block size, by where it is lost."""
-    uses = [points["block size", str(size)][0].result.memory.percent() for size in BLOCK_SIZES]
-    inside = [use.reserved + use.internal for use in uses]
-    outside = [use.external for use in uses]
+    percent = [waste_percent(points["block size", str(size)][0].result) for size in BLOCK_SIZES]
     with plots.figure("waste_by_block_size", size=(4.8, 2.9)) as (axis,):
-        names = [str(size) for size in BLOCK_SIZES]
         layers = [
-            ("empty slots of last blocks", "#e9b44c", inside),
-            ("free, too few for the request that waits", "#b9bec4", outside),
+            (name, color, [shares[cause] for shares in percent])
+            for cause, name, color in zip(CAUSES, CAUSE_NAMES, CAUSE_COLORS, strict=True)
         ]
-        plots.stacked(axis, names, layers)
+        plots.stacked(axis, [str(size) for size in BLOCK_SIZES], layers)
         axis.set_xlabel("block size (tokens)")
         axis.set_ylabel("waste, % of K/V memory")
         axis.legend()
     return [
         report.row(
-            f"block size: all waste, blocks of {size}", in_blocks + free, "%", "target", 2.0, higher_is_better=False
+            f"block size: all waste, blocks of {size}", sum(shares.values()), "%", "target", 2.0, higher_is_better=False
         )
-        for size, in_blocks, free in zip(BLOCK_SIZES, inside, outside, strict=True)
+        for size, shares in zip(BLOCK_SIZES, percent, strict=True)
     ]
 
 

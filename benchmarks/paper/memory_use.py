@@ -48,6 +48,31 @@ class MemoryUse:
         )
 
 
+@dataclass(frozen=True)
+class PagedWaste:
+    """Slots of a paged pool that hold no K/V of a running sequence, by why that is so.
+
+    last_block: the empty rest of each sequence's last block. ahead: further slots it holds, for later chunks of its prompt.
+    The rest is free while a request waits. margin: what admission leaves free. returning: beyond that, while a preempted
+    request lacks room for all its tokens. new: beyond it, while the first request that waits lacks room for its prompt.
+    """
+
+    last_block: float = 0.0
+    ahead: float = 0.0
+    margin: float = 0.0
+    returning: float = 0.0
+    new: float = 0.0
+
+    def plus(self, other: PagedWaste, weight: float) -> PagedWaste:
+        return PagedWaste(
+            self.last_block + weight * other.last_block,
+            self.ahead + weight * other.ahead,
+            self.margin + weight * other.margin,
+            self.returning + weight * other.returning,
+            self.new + weight * other.new,
+        )
+
+
 def classify(
     num_computed: list[int], final_lens: list[int], held: list[int], num_taken: int, num_free: int, anyone_waits: bool
 ) -> MemoryUse:
@@ -97,4 +122,23 @@ def measure(scheduler: Scheduler) -> MemoryUse:
         num_taken=(blocks.num_blocks - blocks.num_free_blocks) * size,
         num_free=blocks.num_free_blocks * size,
         anyone_waits=anyone_waits(scheduler),
+    )
+
+
+def measure_waste(scheduler: Scheduler) -> PagedWaste:
+    """The waste in a paged scheduler's pool now. Nothing may be shared, as for `measure`."""
+    blocks = scheduler.blocks
+    size = blocks.block_size
+    running = [seq for group in scheduler.running for seq in group.active]
+    last_block = sum(-seq.num_computed_tokens % size for seq in running)
+    held = sum(len(blocks.block_table(seq.seq_id)) * size - seq.num_computed_tokens for seq in running)
+    free = blocks.num_free_blocks if anyone_waits(scheduler) else 0
+    margin = min(free, int(blocks.num_blocks * scheduler.config.watermark))
+    beyond = (free - margin) * size
+    return PagedWaste(
+        last_block=last_block,
+        ahead=held - last_block,
+        margin=margin * size,
+        returning=beyond if scheduler.preempted else 0,
+        new=0 if scheduler.preempted else beyond,
     )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.paper.memory_use import MemoryUse, anyone_waits, measure, output_len
+from benchmarks.paper.memory_use import MemoryUse, PagedWaste, anyone_waits, measure, measure_waste, output_len
 from benchmarks.paper.step_time import StepTime
-from benchmarks.paper.workloads import END_TOKEN, FILLER_TOKEN, MAX_MODEL_LEN, TraceRequest
+from benchmarks.paper.workloads import END_TOKEN, FILLER_TOKEN, FIRST_FREE_TOKEN, MAX_MODEL_LEN, TraceRequest
 from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.memory_policy import MemoryPolicy
@@ -16,15 +16,20 @@ from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler
 from pagedcore.engine.scheduler_config import SchedulerConfig
-from pagedcore.engine.step_plan import Int32Array, StepLayout, StepPlan, StepResult
+from pagedcore.engine.sequence_group import SequenceGroup
+from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan, StepResult
 from pagedcore.engine.step_sizes import NO_PADDING
 
 _VOCAB_SIZE = 2**31 - 1
+_UNLIKELY = -1e6  # below what beams can add up to
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """`max_seconds`: when the clock gets there, the run is given up. `measure_from`: when the means begin."""
+    """`max_seconds`: when the clock gets there, the run is given up. `measure_from`: when the means begin.
+
+    `with_memory`: whether `SimulationResult.memory` and `waste` are wanted; sequences must not share blocks then.
+    """
 
     policy: str
     step_time: StepTime
@@ -33,6 +38,8 @@ class SimulationConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = False
+    watermark: float = SchedulerConfig.watermark
+    with_memory: bool = False
     measure_from: float = 0.0
     max_seconds: float = float("inf")
 
@@ -43,18 +50,41 @@ class SimulationResult:
 
     normalized_latency: mean over requests of (seconds from arrival to end) / (output length), in s/token (section 6.1);
     infinite if the run was given up. batched: mean number of running requests a step. saturated: share of the time in which
-    a request waited. memory: mean slots (all zero where blocks are shared). peak_slots: the most slots that were taken.
+    a request waited. memory: mean slots; waste: the paged policy's. revived_slots: mean slots of K/V that preempted requests
+    later found again in the prefix cache. sharing: zero where every request has one sequence. peak_slots: the most slots that
+    were taken.
     """
 
     normalized_latency: float
     batched: float
     saturated: float
     memory: MemoryUse
+    waste: PagedWaste
+    revived_slots: float
+    sharing: Sharing
     peak_slots: int
     output_tokens_per_second: float
     preemptions: int
     prefix_hit_rate: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Blocks summed over steps: those used, and those that the same sequences would use if they shared none.
+
+    `num_copies`: blocks copied on a write, in `num_rows` (steps times sequences).
+    """
+
+    used: int = 0
+    unshared: int = 0
+    num_copies: int = 0
+    num_rows: int = 0
+
+    @property
+    def percent(self) -> float:
+        """Blocks saved by sharing / blocks without sharing, in percent (section 6.3)."""
+        return 100 * (1 - self.used / self.unshared)
 
 
 class _Done:
@@ -68,41 +98,75 @@ class _Done:
 class Recorder:
     """Sums over the steps in a window of the clock. It looks at a step when it is planned and nothing of it is committed."""
 
-    def __init__(self, scheduler: Scheduler, begin: float, end: float, *, with_memory: bool) -> None:
+    def __init__(
+        self, scheduler: Scheduler, begin: float, end: float, *, with_memory: bool, with_sharing: bool
+    ) -> None:
         self._scheduler = scheduler
         self._begin, self._end = begin, end
-        self._with_memory = with_memory
+        self._with_memory, self._with_sharing = with_memory, with_sharing
         self.num_steps = self.num_running = self.num_output_tokens = self.peak_slots = 0
-        self.seconds = self.saturated_seconds = 0.0
-        self.memory = MemoryUse()
+        self.seconds = self.saturated_seconds = self.revived_slot_seconds = 0.0
+        self.memory, self.waste = MemoryUse(), PagedWaste()
+        self.used = self.unshared = self.num_copies = self.num_rows = 0
+        self._preempted_at: dict[SequenceGroup, float] = {}
 
     def record(self, plan: StepPlan, clock: float, step_seconds: float) -> None:
-        blocks = self._scheduler.blocks
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
         self.peak_slots = max(self.peak_slots, (blocks.num_blocks - blocks.num_free_blocks) * blocks.block_size)
         if not self._begin <= clock < self._end:
             return
         self.num_steps += 1
-        self.num_running += len(self._scheduler.running)
-        self.num_output_tokens += sum(plan.samples)
+        self.num_running += len(scheduler.running)
+        self.num_output_tokens += sum(plan.samples) + len(plan.beam_rows)
         self.seconds += step_seconds
-        self.saturated_seconds += step_seconds * anyone_waits(self._scheduler)
+        self.saturated_seconds += step_seconds * anyone_waits(scheduler)
         if self._with_memory:
-            self.memory = self.memory.plus(measure(self._scheduler), step_seconds)
+            self.memory = self.memory.plus(measure(scheduler), step_seconds)
+            if scheduler.policy.is_paged:
+                self.waste = self.waste.plus(measure_waste(scheduler), step_seconds)
+        self._record_revived(plan, clock)
+        if self._with_sharing:
+            self._record_sharing(plan)
+
+    def _record_revived(self, plan: StepPlan, clock: float) -> None:
+        for group in self._scheduler.preempted:
+            self._preempted_at.setdefault(group, clock)
+        if self._preempted_at:
+            for seq, num_computed in zip(plan.sequences, plan.num_computed_tokens, strict=True):
+                since = self._preempted_at.pop(seq.group, clock)
+                self.revived_slot_seconds += num_computed * (clock - since)
+
+    def _record_sharing(self, plan: StepPlan) -> None:
+        blocks = self._scheduler.blocks
+        self.used += blocks.num_blocks - blocks.num_free_blocks
+        for group in self._scheduler.running:
+            needed = [blocks.blocks_needed(seq.num_computed_tokens) for seq in group.active]
+            is_one_for_all = len(needed) == 1 and group.num_ended_tokens == 0
+            self.unshared += needed[0] * group.width if is_one_for_all else sum(needed)
+        self.num_copies += Header(*plan.buffer[: len(Header._fields)].tolist()).num_copies
+        self.num_rows += len(plan.sequences)
+
+    def sharing(self) -> Sharing:
+        return Sharing(self.used, self.unshared, self.num_copies, self.num_rows)
 
 
 class ClockExecutor:
-    """Draws the end token when an output is as long as it will be; each step moves the clock on by its modelled time."""
+    """Draws the end token when an output is as long as it will be; each step moves the clock on by its modelled time.
+
+    `beam_parents`: of the requests with beams, by id; see `TraceRequest`.
+    """
 
     step_sizes = NO_PADDING
 
     def __init__(self, config: SimulationConfig) -> None:
         self.kv_cache_shape = KVCacheShape(config.num_slots // config.block_size, 0, config.block_size)
         width = MAX_MODEL_LEN // config.block_size + 1
-        size = StepLayout(config.max_num_batched_tokens, config.max_num_seqs, width).copies
+        size = StepLayout(config.max_num_batched_tokens, config.max_num_seqs, width).copies + 2 * config.max_num_seqs
         self._buffers = [np.zeros(size, dtype=np.int32) for _ in range(3)]
         self._step_time = config.step_time
         self.clock = 0.0
         self.recorder: Recorder | None = None
+        self.beam_parents: dict[str, list[list[int]]] = {}
 
     def step_buffers(self) -> list[Int32Array]:
         return self._buffers
@@ -114,7 +178,28 @@ class ClockExecutor:
             self.recorder.record(plan, self.clock, step_seconds)
         self.clock += step_seconds
         drawn = [END_TOKEN if seq.num_output_tokens + 1 >= output_len(seq) else FILLER_TOKEN for seq in plan.sequences]
-        return _Done(StepResult(np.array(drawn, dtype=np.int32)))
+        token_ids = np.array(drawn, dtype=np.int32)
+        if not plan.beam_rows:
+            return _Done(StepResult(token_ids))
+        return _Done(self._draw_beams(plan, token_ids))
+
+    def _draw_beams(self, plan: StepPlan, token_ids: Int32Array) -> StepResult:
+        """Candidates of which the search takes the recorded ones: the new beam of rank i comes to a log probability of -i."""
+        most = max(plan.sequences[row].group.width for row in plan.beam_rows)
+        top_ids = np.tile(FIRST_FREE_TOKEN + np.arange(most, dtype=np.int32), (len(token_ids), 1))
+        top_logprobs = np.full((len(token_ids), most), _UNLIKELY, dtype=np.float32)
+        for row in plan.beam_rows:
+            beam = plan.sequences[row]
+            if plan.step_id < beam.valid_from:
+                continue  # beams that are computed again have their first tokens in common: nothing is drawn behind those
+            group = beam.group
+            rank = group.sequences.index(beam)
+            step = beam.num_output_tokens
+            parents = self.beam_parents[group.request_id][step - 1] if step else [0] * group.width
+            for new_rank, parent in enumerate(parents):
+                if parent == rank:
+                    top_logprobs[row, new_rank] = rank - new_rank
+        return StepResult(token_ids, top_logprobs=top_logprobs, top_token_ids=top_ids)
 
     def shutdown(self) -> None:
         """Nothing to release."""
@@ -127,7 +212,9 @@ def build(config: SimulationConfig) -> tuple[Engine, ClockExecutor]:
     blocks = policy.make_blocks(
         executor.kv_cache_shape.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
     )
-    limits = SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens, config.enable_prefix_caching)
+    limits = SchedulerConfig(
+        config.max_num_seqs, config.max_num_batched_tokens, config.enable_prefix_caching, watermark=config.watermark
+    )
     scheduler = Scheduler(limits, blocks, executor.step_buffers(), policy)
     engine_limits = EngineLimits(MAX_MODEL_LEN, _VOCAB_SIZE, 0, frozenset({END_TOKEN}))
     return Engine(scheduler, executor, engine_limits, one_step_ahead=False), executor
@@ -145,7 +232,12 @@ class _Unfinished:
 
 
 def _engine_requests(request: TraceRequest, name: str, policy: MemoryPolicy) -> list[Request]:
-    """One request with all samples where they can share blocks; a request for each sample where not."""
+    """One request with all samples, or beams, where they can share blocks; a request for each of them where not."""
+    if policy.is_paged and request.beam_parents is not None:
+        beams = SamplingParams(
+            temperature=0, beam_width=request.num_samples, max_tokens=request.output_len, ignore_eos=True
+        )
+        return [Request(f"{name}.0", request.prompt, beams, expected_output_len=request.output_len)]
     num_samples, num_requests = (request.num_samples, 1) if policy.is_paged else (1, request.num_samples)
     params = SamplingParams(n=num_samples, max_tokens=None)
     return [
@@ -157,8 +249,11 @@ def _engine_requests(request: TraceRequest, name: str, policy: MemoryPolicy) -> 
 def simulate(config: SimulationConfig, trace: list[TraceRequest]) -> SimulationResult:
     """Serve a trace, which is in order of arrival, to its end."""
     engine, executor = build(config)
-    shares_blocks = config.enable_prefix_caching or any(request.num_samples > 1 for request in trace)
-    recorder = Recorder(engine.scheduler, config.measure_from, trace[-1].arrival, with_memory=not shares_blocks)
+    with_sharing = any(request.num_samples > 1 for request in trace)
+    end = trace[-1].arrival
+    recorder = Recorder(
+        engine.scheduler, config.measure_from, end, with_memory=config.with_memory, with_sharing=with_sharing
+    )
     executor.recorder = recorder
     unfinished: dict[str, _Unfinished] = {}
     latencies: list[float] = []
@@ -166,12 +261,14 @@ def simulate(config: SimulationConfig, trace: list[TraceRequest]) -> SimulationR
     while (num_arrived < len(trace) or unfinished) and executor.clock < config.max_seconds:
         if not unfinished:
             executor.clock = max(executor.clock, trace[num_arrived].arrival)
-        while num_arrived < len(trace) and trace[num_arrived].arrival <= executor.clock:
-            parts = _engine_requests(trace[num_arrived], str(num_arrived), engine.scheduler.policy)
-            entry = _Unfinished(trace[num_arrived], len(parts))
+        while num_arrived < len(trace) and (request := trace[num_arrived]).arrival <= executor.clock:
+            parts = _engine_requests(request, str(num_arrived), engine.scheduler.policy)
+            entry = _Unfinished(request, len(parts))
             for part in parts:
                 engine.add_request(part)
                 unfinished[part.request_id] = entry
+                if request.beam_parents is not None:
+                    executor.beam_parents[part.request_id] = request.beam_parents
             num_arrived += 1
         for output in engine.step():
             assert output.error is None
@@ -188,6 +285,9 @@ def simulate(config: SimulationConfig, trace: list[TraceRequest]) -> SimulationR
         batched=recorder.num_running / max(recorder.num_steps, 1),
         saturated=recorder.saturated_seconds / seconds,
         memory=MemoryUse().plus(recorder.memory, 1 / seconds),
+        waste=PagedWaste().plus(recorder.waste, 1 / seconds),
+        revived_slots=recorder.revived_slot_seconds / seconds,
+        sharing=recorder.sharing(),
         peak_slots=recorder.peak_slots,
         output_tokens_per_second=recorder.num_output_tokens / seconds,
         preemptions=stats.preemptions_total,

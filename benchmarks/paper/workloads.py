@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import gzip
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -22,12 +23,17 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """When a request arrives (seconds), its prompt, and how many samples it wants of how many tokens each."""
+    """When a request arrives (seconds), its prompt, and how many samples it wants of how many tokens each.
+
+    `beam_parents`: the samples are beams, and for each of their tokens but the first and the last: which beam each of them,
+    best first, goes on from.
+    """
 
     arrival: float
     prompt: list[int]
     output_len: int
     num_samples: int = 1
+    beam_parents: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,34 @@ class PlainTrace:
             TraceRequest(arrival, [FIRST_FREE_TOKEN + number] + [FILLER_TOKEN] * (prompt - 1), output, self.num_samples)
             for number, (arrival, prompt, output) in enumerate(pairs)
         ]
+
+
+@cache
+def recorded_parents(width: int) -> list[list[list[int]]]:
+    """Recorded beam searches: for each prompt and step, the parent of each of `width` beams."""
+    with gzip.open(DATA / "beam_parents.json.gz", "rt", encoding="utf-8") as stream:
+        flat: list[list[int]] = json.load(stream)[str(width)]
+    return [[steps[at : at + width] for at in range(0, len(steps), width)] for steps in flat]
+
+
+@dataclass(frozen=True)
+class BeamTrace:
+    """Requests of `width` beams, which descend from each other as in the recorded searches, in turn.
+
+    An output ends with the record at the latest.
+    """
+
+    lengths: LengthSource
+    width: int
+    seed: int = 1
+
+    def build(self, rate: float, seconds: float) -> list[TraceRequest]:
+        records = recorded_parents(self.width)
+        requests = []
+        for number, request in enumerate(PlainTrace(self.lengths, self.width, self.seed).build(rate, seconds)):
+            parents = records[number % len(records)]
+            requests.append(replace(request, output_len=min(request.output_len, len(parents)), beam_parents=parents))
+        return requests
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from pagedcore.engine.step_packer import Rows
 from pagedcore.engine.swap_space import SwapSpace
 from pagedcore.errors import RequestError
 
-WATERMARK = 0.01  # share of the blocks that admission leaves free, so that the newcomer is not preempted at once
-
 
 class Admission:
     """Takes groups off the waiting and the preempted ones, in order, while there are rows, tokens and blocks for them.
@@ -41,7 +39,7 @@ class Admission:
         self._groups = groups
         self._swap_space = swap_space
         self._pinned = pinned
-        self._watermark_blocks = int(blocks.num_blocks * WATERMARK) if policy.is_paged else 0
+        self._watermark_blocks = int(blocks.num_blocks * config.watermark) if policy.is_paged else 0
         self._refused_at: tuple[SequenceGroup, int] | None = None  # group that had no room, and the free blocks then
 
     def check_fits(self, num_prompt_tokens: int, max_total_tokens: int, width: int = 1) -> None:

@@ -12,7 +12,8 @@ from pagedcore.engine.swap_space import PreemptionMode
 class SchedulerConfig:
     """Limits of one step. Without chunked prefill, `max_num_batched_tokens` must be at least the longest sequence.
 
-    `swap_cost_tokens`: see `KVCacheShape`.
+    `swap_cost_tokens`: see `KVCacheShape`. `watermark`: the share of the blocks that admission leaves free, so that the newcomer
+    is not preempted at once.
     """
 
     max_num_seqs: int
@@ -22,3 +23,4 @@ class SchedulerConfig:
     step_sizes: StepSizes = NO_PADDING
     preemption_mode: PreemptionMode = PreemptionMode.AUTO
     swap_cost_tokens: float = 0.0
+    watermark: float = 0.01

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.paper import shapes
-from benchmarks.paper.memory_use import MemoryUse, anyone_waits, measure
+from benchmarks.paper.memory_use import MemoryUse, PagedWaste, anyone_waits, measure, measure_waste
 from benchmarks.paper.runs import Point, sustained_rate
-from benchmarks.paper.simulator import SimulationConfig, SimulationResult, build, simulate
+from benchmarks.paper.simulator import Sharing, SimulationConfig, SimulationResult, build, simulate
 from benchmarks.paper.step_time import (
     A100_40GB,
     OPT_13B,
@@ -69,6 +69,31 @@ def use_slot_by_slot(scheduler: Scheduler) -> MemoryUse:
     return MemoryUse(**counts, idle=0 if waits else free)
 
 
+def check_waste(scheduler: Scheduler, waste: PagedWaste, use: MemoryUse) -> None:
+    """The causes add up to the waste, and what is free beyond the margin really is too little for who waits."""
+    blocks = scheduler.blocks
+    assert waste.last_block + waste.ahead == use.reserved + use.internal
+    assert waste.margin + waste.returning + waste.new == use.external
+    tables = [len(blocks.block_table(seq.seq_id)) for group in scheduler.running for seq in group.sequences]
+    assert waste.last_block <= 15 * len(tables)
+    assert waste.margin <= 0.01 * blocks.num_blocks * 16
+    assert waste.returning == 0 or scheduler.preempted
+    assert waste.new == 0 or not scheduler.preempted
+
+
+def test_preempted_requests_find_their_kv_again() -> None:
+    """The second of two equal requests loses its 65 blocks after 41 steps of 1 s, when the first one needs a 66th.
+
+    The first one grows by four of them to its end after 100 steps, and the others are found again then; 59 steps are left.
+    """
+    trace = [TraceRequest(0.0, [2 + number] * 1000, 100) for number in range(2)] + [TraceRequest(500.0, [9], 1)]
+    config = SimulationConfig("paged", StepTime(1.0, 0.0, 0.0), num_slots=130 * 16)
+    assert simulate(config, trace).revived_slots == 0
+    result = simulate(replace(config, enable_prefix_caching=True), trace)
+    assert result.preemptions == 1
+    assert result.revived_slots == pytest.approx((65 - 4) * 16 * (100 - 41) / 159)
+
+
 @pytest.mark.parametrize("policy", KV_POLICIES)
 def test_every_slot_is_accounted_for_at_every_step(policy: str) -> None:
     config = SimulationConfig(policy, TIME, num_slots=2_500, max_num_seqs=20, max_num_batched_tokens=128)
@@ -85,6 +110,8 @@ def test_every_slot_is_accounted_for_at_every_step(policy: str) -> None:
         use = measure(scheduler)
         assert use == use_slot_by_slot(scheduler)
         assert use.total == config.num_slots // 16 * 16
+        if policy == "paged":
+            check_waste(scheduler, measure_waste(scheduler), use)
         scheduler.blocks.check_integrity()
         saturated += anyone_waits(scheduler)
         steps += 1
@@ -194,7 +221,7 @@ def test_kv_bytes_are_the_paper_s() -> None:
 def test_the_sustained_rate_lies_between_the_rates_around_the_latency() -> None:
     def points(*latencies: float) -> list[Point]:
         return [
-            Point(float(rate), SimulationResult(latency, 0, 0, MemoryUse(), 0, 0, 0, 0, 0))
+            Point(float(rate), SimulationResult(latency, 0, 0, MemoryUse(), PagedWaste(), 0, Sharing(), 0, 0, 0, 0, 0))
             for rate, latency in enumerate(latencies, 1)
         ]
 
