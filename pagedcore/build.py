@@ -133,8 +133,6 @@ def _build(
 
 
 def _pin_prefixes(config: EngineConfig, engine: Engine, tokenizer: Tokenizer | None) -> None:
-    if config.pinned_prefixes and config.kv_policy != "paged":
-        raise ConfigError(f"pinned_prefixes must be empty with kv_policy {config.kv_policy!r}, which shares no blocks")
     for number, prefix in enumerate(config.pinned_prefixes):
         if not isinstance(prefix, str):
             token_ids = list(prefix)

@@ -98,6 +98,8 @@ class EngineConfig:
         self._check_pinned_prefixes()
         if self.swap_space is not None:
             self._check_number("swap_space", 0.0, 1e6)
+        if self.kv_policy != "paged":
+            self._check_baseline()
         for field in dataclasses.fields(self):
             if field.type in ("bool", bool) and not isinstance(getattr(self, field.name), bool):
                 raise ConfigError(f"{field.name} must be true or false, got {getattr(self, field.name)!r}")
@@ -129,6 +131,19 @@ class EngineConfig:
         if "model" not in arguments:
             raise ConfigError("engine argument 'model' is required: the path of a Hugging Face model folder")
         return cls(**arguments)
+
+    def _check_baseline(self) -> None:
+        """A baseline among the memory policies neither shares blocks nor preempts."""
+        for name, wanted, is_wrong in (
+            ("pinned_prefixes", "empty", bool(self.pinned_prefixes)),
+            ("swap_space", "0 or left out", bool(self.swap_space)),
+            ("preemption_mode", "auto or recompute", self.preemption_mode == "swap"),
+        ):
+            if is_wrong:
+                raise ConfigError(
+                    f"{name} must be {wanted} with kv_policy {self.kv_policy!r}, which shares and preempts nothing, "
+                    f"got {getattr(self, name)!r}"
+                )
 
     def _check_pinned_prefixes(self) -> None:
         given = self.pinned_prefixes

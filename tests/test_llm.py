@@ -183,6 +183,14 @@ def test_pinned_prefixes_and_swap_space_of_a_configuration() -> None:
             {"pinned_prefixes": ["x"], "kv_policy": "orca_max"},
             r"pinned_prefixes must be empty with kv_policy 'orca_max'",
         ),
+        (
+            {"swap_space": 1.0, "kv_policy": "orca_pow2"},
+            r"swap_space must be 0 or left out with kv_policy 'orca_pow2', which shares and preempts nothing, got 1.0",
+        ),
+        (
+            {"preemption_mode": "swap", "kv_policy": "static_batch"},
+            r"preemption_mode must be auto or recompute with kv_policy 'static_batch'",
+        ),
         ({"preemption_mode": "swap"}, r"preemption_mode 'swap' needs a swap_space of at least one block .* got 0 GiB"),
         ({"swap_space": 1e6}, r"swap_space asks for 1,000,000.0 GiB; .* GiB are free"),
     ):

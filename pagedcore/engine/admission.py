@@ -7,6 +7,7 @@ from pagedcore.engine.lifecycle import GroupLifecycle
 from pagedcore.engine.memory_policy import MemoryPolicy
 from pagedcore.engine.pinned_prefixes import PinnedPrefixes
 from pagedcore.engine.precedence import Shortage, count_victims
+from pagedcore.engine.request import Request
 from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.sequence import Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup, blocks_of_group
@@ -42,17 +43,18 @@ class Admission:
         self._watermark_blocks = int(blocks.num_blocks * config.watermark) if policy.is_paged else 0
         self._refused_at: tuple[SequenceGroup, int] | None = None  # group that had no room, and the free blocks then
 
-    def check_fits(self, num_prompt_tokens: int, max_total_tokens: int, width: int = 1) -> None:
-        """Raise RequestError for a request of `width` sequences that could not finish even with the whole pool to itself."""
+    def check_fits(self, request: Request, max_total_tokens: int) -> None:
+        """Raise RequestError for a request that could not finish even with the whole pool to itself."""
+        width, num_prompt_tokens = request.sampling_params.num_sequences, len(request.prompt_token_ids)
         if width > self._config.max_num_seqs:
             raise RequestError(
                 f"n, best_of and beam_width must be at most {self._config.max_num_seqs} (max_num_seqs), got {width}"
             )
+        num_pinned = self._pinned.num_blocks
         if self._policy.is_paged:
-            needed, available = (
-                blocks_of_group(self._blocks, num_prompt_tokens, max_total_tokens, width),
-                "the pool has",
-            )
+            needed = blocks_of_group(self._blocks, num_prompt_tokens, max_total_tokens, width)
+            num_pinned -= self._pinned.num_shared_blocks(request)
+            available = "the pool has"
         elif width == 1:
             needed = self._blocks.blocks_needed(self._policy.most_tokens(max_total_tokens))
             available = "the longest contiguous range of the pool has"
@@ -60,13 +62,13 @@ class Admission:
             raise RequestError(
                 f"n, best_of and beam_width must be 1 with kv_policy {self._policy.name!r}, which shares no blocks, got {width}"
             )
-        num_blocks = self._blocks.max_blocks_per_sequence - self._pinned.num_blocks
+        num_blocks = self._blocks.max_blocks_per_sequence - num_pinned
         if needed > num_blocks:
             more = f"up to {max_total_tokens - num_prompt_tokens} more"
             raise RequestError(
                 f"prompt of {num_prompt_tokens} tokens with {more if width == 1 else f'{width} times {more}'} needs {needed} "
                 f"KV-cache blocks of {self._blocks.block_size} tokens, but {available} {num_blocks}"
-                f"{f' beside {self._pinned.num_blocks} pinned ones' if self._pinned.num_blocks else ''}; "
+                f"{f' beside {num_pinned} pinned ones that it does not share' if num_pinned else ''}; "
                 f"shorten the prompt or lower max_tokens{'' if width == 1 else ' or the number of sequences'}"
             )
 
@@ -140,6 +142,8 @@ class Admission:
         if self._groups.running and wanted > self._blocks.num_free_blocks:
             return False
         if not self._swap_space.swap_in(group):
+            if not self._groups.running:
+                self._groups.restart(group)  # what it shared with pinned prefixes has become its own, and is too much
             return False
         self._groups.start(group)
         return True

@@ -94,7 +94,7 @@ class Engine:
         max_total_tokens = limits.max_model_len
         if params.max_tokens is not None:
             max_total_tokens = min(max_total_tokens, num_prompt_tokens + params.max_tokens)
-        self.scheduler.check_fits(num_prompt_tokens, max_total_tokens, params.num_sequences)
+        self.scheduler.check_fits(request, max_total_tokens)
         return max_total_tokens
 
     def add_request(self, request: Request) -> None:

@@ -64,8 +64,12 @@ class GroupLifecycle:
         bisect.insort(self.running, group, key=rank_of)
 
     def preempt(self, group: SequenceGroup, *, may_swap: bool = True) -> None:
-        """Take a running group's blocks away, until there is room again: they go to the host, or are recomputed then."""
-        if may_swap and self._swap_space.swap_out(group):
+        """Take a running group's blocks away, until there is room again: they go to the host, or are recomputed then.
+
+        A group that runs alone is recomputed: it ran out of room by itself, and may find more of it shared when it begins
+        again, while blocks that come back from the host are all its own.
+        """
+        if may_swap and len(self.running) > 1 and self._swap_space.swap_out(group):
             status = GroupStatus.SWAPPED
         else:
             status = GroupStatus.PREEMPTED

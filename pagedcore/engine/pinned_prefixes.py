@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass
 
 from pagedcore._core import BlockManager
+from pagedcore.engine.request import Request
 from pagedcore.engine.sequence import Sequence
 
 
@@ -39,14 +40,24 @@ class PinnedPrefixes:
 
         Returns how many tokens it then begins with; the last one is always left to compute.
         """
-        if sequence.request.cache_salt:
+        prefix = self._longest(sequence.request.cache_salt, sequence.token_ids)
+        if prefix is None or len(prefix.token_ids) <= num_cached:
             return num_cached
+        self._blocks.release(sequence.seq_id)
+        self._blocks.fork(prefix.seq_id, sequence.seq_id)
+        return len(prefix.token_ids)
+
+    def num_shared_blocks(self, request: Request) -> int:
+        """How many of the pinned blocks the request's sequences never need a copy of: the full ones of its prefix."""
+        prefix = self._longest(request.cache_salt, array("i", request.prompt_token_ids)) if self._prefixes else None
+        return 0 if prefix is None else len(prefix.token_ids) // self._blocks.block_size
+
+    def _longest(self, cache_salt: str, token_ids: array[int]) -> _PinnedPrefix | None:
+        """The longest prefix of these tokens, the last one left out; none for requests with a cache salt."""
+        if cache_salt:
+            return None
         for prefix in self._prefixes:
             length = len(prefix.token_ids)
-            if length <= num_cached:
-                break
-            if length < len(sequence.token_ids) and sequence.token_ids[:length] == prefix.token_ids:
-                self._blocks.release(sequence.seq_id)
-                self._blocks.fork(prefix.seq_id, sequence.seq_id)
-                return length
-        return num_cached
+            if length < len(token_ids) and token_ids[:length] == prefix.token_ids:
+                return prefix
+        return None

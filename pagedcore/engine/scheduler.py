@@ -8,6 +8,7 @@ from pagedcore.engine.lifecycle import GroupLifecycle
 from pagedcore.engine.memory_policy import PAGED, MemoryPolicy
 from pagedcore.engine.outputs import EngineStats, TokenOutput
 from pagedcore.engine.pinned_prefixes import PinnedPrefixes
+from pagedcore.engine.request import Request
 from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.sequence import FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup
@@ -53,9 +54,9 @@ class Scheduler:
 
     # ------------------------------------------------------------------ requests in, requests out
 
-    def check_fits(self, num_prompt_tokens: int, max_total_tokens: int, width: int = 1) -> None:
-        """Raise RequestError for a request of `width` sequences that could not finish even with the whole pool to itself."""
-        self._admission.check_fits(num_prompt_tokens, max_total_tokens, width)
+    def check_fits(self, request: Request, max_total_tokens: int) -> None:
+        """Raise RequestError for a request that could not finish even with the whole pool to itself."""
+        self._admission.check_fits(request, max_total_tokens)
 
     def new_seq_id(self) -> int:
         """An id for a sequence; they grow, and order groups by arrival."""

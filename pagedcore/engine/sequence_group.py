@@ -183,12 +183,15 @@ class SequenceGroup:
                 blocks.fork(self.lead.seq_id, seq.seq_id)
 
     def blocks_to_branch(self, blocks: BlockManager) -> int:
-        """Blocks that the group will take, beyond those of its trunk, until each of its sequences has drawn another token."""
-        if self.trunk is None:
+        """Blocks that the group will take, beyond those of what is computed first, until all its sequences have drawn again.
+
+        That is the trunk, or a prompt behind which beams part.
+        """
+        num_to_come = 0 if self.has_branched and self.search is None else self.width - len(self.sequences)
+        if self.trunk is None and num_to_come == 0:
             return 0
-        num_common = len(self.trunk.token_ids)
-        lengths = [len(seq.token_ids) for seq in self.sequences]
-        lengths += [num_common] * (0 if self.has_branched else self.width - 1)
+        num_common = len(self.active[0].token_ids)
+        lengths = [len(seq.token_ids) for seq in self.sequences] + [num_common] * num_to_come
         num_shared = num_common // blocks.block_size
         last = self.lead.max_total_tokens - 1  # the last token drawn is never written
         own = sum(blocks.blocks_needed(min(length + 1, last)) - num_shared for length in lengths)

@@ -179,8 +179,10 @@ def plan_gpu_memory(
 def plan_swap_space(config: EngineConfig, block: int, free_bytes: int, default: float = 0.0) -> int:
     """How many blocks of `block` bytes the host's swap space gets: `default` GiB if the configuration does not say.
 
-    Raises ConfigError if it asks for more than is free.
+    Only the paged memory policy has a use for any. Raises ConfigError if the configuration asks for more than is free.
     """
+    if config.kv_policy != "paged":
+        return 0
     wanted = int((default if config.swap_space is None else config.swap_space) * 2**30)
     if wanted > free_bytes:
         raise ConfigError(f"swap_space asks for {wanted / 2**30:,.1f} GiB; {free_bytes / 2**30:,.1f} GiB are free")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -309,6 +310,65 @@ def test_a_prefix_that_does_not_fit_is_refused_and_requests_are_held_to_the_rest
     engine.pin_prefix([1] * 40)
     with pytest.raises(RequestError, match=r"needs 7 KV-cache blocks of 4 tokens, but the pool has 6 beside 10 pinned"):
         engine.add_request(Request("x", [1] * 20, SamplingParams(max_tokens=6)))
+
+
+@pytest.mark.parametrize("one_step_ahead", [False, True])
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+@pytest.mark.parametrize("num_host_blocks", [0, 64])
+@pytest.mark.parametrize(("prefix_len", "max_tokens"), [(42, 14), (17, 22)])
+def test_what_is_shared_with_a_pinned_prefix_is_not_asked_for_again(
+    prefix_len: int, max_tokens: int, enable_prefix_caching: bool, one_step_ahead: bool, num_host_blocks: int
+) -> None:
+    """Two samples share the full blocks of a prefix that is pinned, and the pool has just enough beside those.
+
+    What comes back from the host is theirs alone: in the first case there is no room for that, in the second one too little
+    to go on.
+    """
+    num_shared, num_pinned = prefix_len // 4, prefix_len // 4 + 1
+    num_own = -(-(prefix_len + max_tokens) // 4) - num_shared
+    num_blocks = num_pinned + 2 * num_own
+    engine, _, blocks = make_engine(
+        num_blocks=num_blocks,
+        enable_prefix_caching=enable_prefix_caching,
+        one_step_ahead=one_step_ahead,
+        num_host_blocks=num_host_blocks,
+    )
+    prefix = list(range(prefix_len))
+    engine.pin_prefix(prefix)
+    run = Run(engine, blocks)
+    too_long = SamplingParams(n=2, max_tokens=max_tokens + 4)
+    with pytest.raises(RequestError, match=f"but the pool has {num_blocks - 1} beside 1 pinned"):
+        engine.add_request(Request("x", [*prefix, 90], too_long))
+    with pytest.raises(RequestError, match=f"but the pool has {2 * num_own} beside {num_pinned} pinned"):
+        engine.add_request(Request("x", [*prefix, 90], replace(too_long, max_tokens=max_tokens), cache_salt="tenant"))
+    requests = [
+        Request(f"r{i}", [*prefix, 90 + i], SamplingParams(n=2, seed=i, max_tokens=max_tokens, ignore_eos=True))
+        for i in range(3)
+    ]
+    run.add(*requests)
+    for _ in range(1000):
+        if not engine.has_work():
+            break
+        run.take(engine.step())
+        blocks.check_integrity()
+    assert run.outputs == expected_outputs(requests)
+    assert blocks.num_free_blocks == num_blocks - num_pinned
+
+
+def test_a_beam_search_is_admitted_only_where_its_beams_can_part() -> None:
+    """Its prompt of 9 tokens is 3 blocks, and its 4 beams write to a last block each, one of them to the prompt's."""
+    params = SamplingParams(temperature=0, beam_width=4, max_tokens=10, ignore_eos=True)
+    for num_blocks, fits in ((7 + 5, False), (7 + 6, True)):
+        run = start(num_blocks=num_blocks, one_step_ahead=False, enable_prefix_caching=False)
+        run.add(Request("first", [7] * 24, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)))
+        run.take(run.engine.step())
+        assert run.blocks.num_free_blocks == num_blocks - 6
+        run.take(run.engine.step())
+        run.add(Request("beams", [9] * 9, replace(params, max_tokens=2)))
+        run.take(run.engine.step())
+        assert (len(run.engine.scheduler.running) == 2) == fits
+        run.to_the_end()
+        assert run.engine.stats().preemptions_total == 0
 
 
 def test_one_sequence_can_be_ended_and_the_others_go_on() -> None:

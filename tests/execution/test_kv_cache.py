@@ -10,7 +10,14 @@ import torch
 
 from pagedcore.config import EngineConfig
 from pagedcore.errors import ConfigError
-from pagedcore.execution.kv_cache import KVCache, MemoryPlan, block_bytes, free_host_memory, plan_memory
+from pagedcore.execution.kv_cache import (
+    KVCache,
+    MemoryPlan,
+    block_bytes,
+    free_host_memory,
+    plan_memory,
+    plan_swap_space,
+)
 from pagedcore.layers.linear import Placement
 from pagedcore.models.config import ModelConfig
 
@@ -140,3 +147,12 @@ def test_limit_of_a_version_1_control_group_counts_too(tmp_path: Path) -> None:
 
 def test_this_machine_has_memory() -> None:
     assert 2**20 < free_host_memory() < 2**50
+
+
+def test_only_the_paged_policy_gets_swap_space() -> None:
+    def num_blocks(**arguments: Any) -> int:
+        return plan_swap_space(EngineConfig(model="x", **arguments), block=2**20, free_bytes=2**40, default=4.0)
+
+    assert num_blocks() == 4096
+    assert num_blocks(swap_space=0.5) == 512
+    assert num_blocks(kv_policy="orca_oracle") == 0
