@@ -34,14 +34,14 @@ def row(name: str, value: float, unit: str, peer: str, peer_value: float, *, hig
     return Row(name, round(value, 4), unit, peer, round(peer_value, 4), round(ratio, 3))
 
 
-def write(name: str, rows: list[Row], notes: str = "") -> Path:
-    """Write benchmarks/results/`name`.json and print its rows."""
+def write(name: str, rows: list[Row], notes: str = "", commit: str | None = None) -> Path:
+    """Write benchmarks/results/`name`.json and print its rows. `commit`: what was measured; None: the current one."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": machine(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
+        "commit": current_commit() if commit is None else commit,
         "command": "python " + shlex.join([_relative(sys.argv[0]), *sys.argv[1:]]),
         "notes": notes,
         "rows": [asdict(entry) for entry in rows],
@@ -74,7 +74,7 @@ def machine() -> str:
     return f"{text}; {gpus}"
 
 
-def commit() -> str:
+def current_commit() -> str:
     """The commit measured, marked when the tree differs from it; where there is no git, what the file `.commit` says."""
     exported = ROOT / ".commit"
     if exported.exists():

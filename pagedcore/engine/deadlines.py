@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pagedcore.engine.clock import Clock
+
 _MAX_STALE = 64  # entries of requests that have ended, beyond as many as there are live ones
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """`timeout`: seconds, above 0, from `begin` on, a reading of time.monotonic()."""
+    """`timeout`: seconds, above 0, from `begin` on, a reading of the engine's clock."""
 
     timeout: float
     begin: float
@@ -30,8 +32,9 @@ class DeadlineTimer:
     forget; a request that is forgotten while its deadline passes may still expire.
     """
 
-    def __init__(self, expire: Callable[[str, Deadline], None]) -> None:
+    def __init__(self, expire: Callable[[str, Deadline], None], clock: Clock = time.monotonic) -> None:
         self._expire = expire
+        self._clock = clock
         self._changed = threading.Condition()  # guards what follows
         self._live: dict[str, Deadline] = {}
         self._heap: list[tuple[float, str]] = []
@@ -63,6 +66,15 @@ class DeadlineTimer:
                 self._heap = [(deadline.at, live) for live, deadline in self._live.items()]
                 heapq.heapify(self._heap)
 
+    def expire_due(self) -> None:
+        """Call `expire` for every request whose deadline has passed, on the caller's thread."""
+        while True:
+            with self._changed:
+                expired = self._pop_due()
+            if expired is None:
+                return
+            self._expire(*expired)
+
     def _run(self) -> None:
         while (expired := self._next()) is not None:
             self._expire(*expired)
@@ -71,16 +83,21 @@ class DeadlineTimer:
         """Wait for the next request to expire; None when the thread is to end."""
         with self._changed:
             while not self._stopping:
-                if not self._heap:
-                    self._changed.wait()
-                    continue
-                at, request_id = self._heap[0]
-                deadline = self._live.get(request_id)
-                if deadline is None or deadline.at != at:
-                    heapq.heappop(self._heap)  # the request has ended
-                elif (left := at - time.monotonic()) > 0:
-                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
-                else:
-                    heapq.heappop(self._heap)
-                    return request_id, self._live.pop(request_id)
+                if (expired := self._pop_due()) is not None:
+                    return expired
+                left = self._heap[0][0] - self._clock() if self._heap else threading.TIMEOUT_MAX
+                self._changed.wait(min(left, threading.TIMEOUT_MAX))
             return None
+
+    def _pop_due(self) -> tuple[str, Deadline] | None:
+        """Take out the first request if its deadline has passed. The caller holds the lock."""
+        while self._heap:
+            at, request_id = self._heap[0]
+            deadline = self._live.get(request_id)
+            if deadline is not None and deadline.at == at:
+                if at > self._clock():
+                    return None
+                heapq.heappop(self._heap)
+                return request_id, self._live.pop(request_id)
+            heapq.heappop(self._heap)  # the request has ended
+        return None

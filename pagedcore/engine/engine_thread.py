@@ -8,6 +8,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
+from pagedcore.engine.clock import Clock
 from pagedcore.engine.deadlines import Deadline, DeadlineTimer
 from pagedcore.engine.engine import Engine
 from pagedcore.engine.open_requests import OpenRequests
@@ -26,7 +27,8 @@ _DRAIN_POLL_SECONDS = 0.02
 @dataclass(frozen=True)
 class _Abort:
     request_id: str
-    asked_at: float  # time.monotonic
+    asked_at: float  # by the clock
+    has_expired: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,17 @@ class EngineThread:
     are bounded by `limits`.
     """
 
-    def __init__(self, engine: Engine, limits: QueueLimits, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        limits: QueueLimits,
+        recorder: Recorder | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._engine = engine
         self._limits = limits
         self._recorder = recorder
+        self._clock = clock
         self._inbox: deque[Request | _Abort | _EndSequence] = deque()
         self._wake = threading.Event()
         self._lock = threading.Lock()  # guards the next five, and the way of requests from the inbox to the engine
@@ -61,10 +70,10 @@ class EngineThread:
         self._refused = dict.fromkeys(RefusalReason, 0)
         self._stopping = False
         self._open = OpenRequests()
-        self._deadlines = DeadlineTimer(self._expire)
+        self._deadlines = DeadlineTimer(self._expire, clock)
         self._num_expired = 0
         self._error: Exception | None = None
-        self._progress_at = time.monotonic()
+        self._progress_at = clock()
         self._busy = False
         self._thread = threading.Thread(target=self._run, name="pagedcore-engine", daemon=True)
 
@@ -107,7 +116,7 @@ class EngineThread:
 
     def abort(self, request_id: str) -> None:
         """End a request; unless it ends on its own before that, its last output has the reason ABORT."""
-        self._post_unless_dead(_Abort(request_id, time.monotonic()))
+        self._post_unless_dead(_Abort(request_id, self._clock()))
 
     def end_sequence(self, request_id: str, index: int) -> None:
         """End one sequence of a request; unless it ends on its own before that, its last output has the reason STOP."""
@@ -144,7 +153,7 @@ class EngineThread:
         """Whether the engine thread is alive and making progress."""
         if self._closed or not self._thread.is_alive():
             return False
-        return not self._busy or time.monotonic() - self._progress_at < STALLED_SECONDS
+        return not self._busy or self._clock() - self._progress_at < STALLED_SECONDS
 
     @property
     def failure(self) -> Exception | None:
@@ -176,25 +185,36 @@ class EngineThread:
             self._thread.join(timeout)
         if self._thread.is_alive():
             logger.error("the step in hand has not ended after %.0f s; leaving it behind", timeout)
-            self._close()
+            self.close()
 
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._drain_inbox()
-                self._progress_at = time.monotonic()
-                if self._engine.has_work():
-                    self._busy = True
-                    self._deliver(self._engine.step())
-                else:
-                    self._busy = False
+                if not self.turn():
                     self._wake.wait()
                     self._wake.clear()
         except Exception as error:
             logger.exception("the engine stopped")
-            self._error = error
+            self.close(error)
         finally:
-            self._close()
+            self.close()
+
+    def turn(self) -> bool:
+        """Take what has come in, and run a step if there is work; False: there is none.
+
+        For the engine's thread, and for who drives an engine whose threads have not been started. What this raises has ended
+        the engine: `close` is to follow.
+        """
+        self._drain_inbox()
+        self._progress_at = self._clock()
+        self._busy = self._engine.has_work()
+        if self._busy:
+            self._deliver(self._engine.step())
+        return self._busy
+
+    def expire_due(self) -> None:
+        """Answer the requests whose deadlines have passed, as the timer does by itself once it has been started."""
+        self._deadlines.expire_due()
 
     def _drain_inbox(self) -> None:
         while self._inbox:
@@ -203,10 +223,8 @@ class EngineThread:
                 self._add(item)
             elif isinstance(item, _EndSequence):
                 self._deliver(self._engine.end_sequence(item.request_id, item.index))
-            elif (output := self._engine.abort(item.request_id)) is not None:
-                if self._recorder is not None:
-                    self._recorder.add_cancel(time.monotonic() - item.asked_at)
-                self._deliver([output])
+            else:
+                self._abort(item)
 
     def _add(self, request: Request) -> None:
         try:
@@ -221,6 +239,15 @@ class EngineThread:
             self._deadlines.forget(request.request_id)
             self._open.fail(request.request_id, error)
 
+    def _abort(self, item: _Abort) -> None:
+        output = self._engine.abort(item.request_id)
+        if output is not None:
+            if self._recorder is not None:
+                self._recorder.add_cancel(self._clock() - item.asked_at)
+            self._deliver([output])
+        if item.has_expired:
+            self._open.release(item.request_id)
+
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         self._open.deliver(outputs)
         for output in outputs:
@@ -230,19 +257,23 @@ class EngineThread:
     def _expire(self, request_id: str, deadline: Deadline) -> None:
         """End a request whose deadline has passed. Runs on the timer's thread."""
         progress = self._engine.progress(request_id)
-        elapsed = time.monotonic() - deadline.begin
+        elapsed = self._clock() - deadline.begin
         error = DeadlineError(
             f"deadline of {deadline.timeout * 1000:g} ms exceeded after {elapsed * 1000:.0f} ms "
             f"({progress.state}, {progress.num_output_tokens} tokens generated)"
         )
-        if self._open.fail(request_id, error):
+        if self._open.expire(request_id, error):
             with self._lock:
                 self._num_expired += 1
-            self.abort(request_id)
+            self._post_unless_dead(_Abort(request_id, self._clock(), has_expired=True))
 
-    def _close(self) -> None:
-        """Refuse what comes from now on, and end everything that is still open, whatever state the engine is in."""
+    def close(self, error: Exception | None = None) -> None:
+        """Refuse what comes from now on, and end everything that is still open, whatever state the engine is in.
+
+        `error`: what has ended the engine; the first one counts.
+        """
         with self._lock:
+            self._error = self._error or error
             self._closed = True
         self._deadlines.stop()
         self._inbox.clear()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import time
 
 from pagedcore._core import BlockManager
+from pagedcore.engine.clock import Clock
 from pagedcore.engine.precedence import rank_of
 from pagedcore.engine.sequence import NEVER, FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup
@@ -25,7 +25,12 @@ class GroupLifecycle:
     """
 
     def __init__(
-        self, blocks: BlockManager, packer: StepPacker, swap_space: SwapSpace, recorder: Recorder | None
+        self,
+        blocks: BlockManager,
+        packer: StepPacker,
+        swap_space: SwapSpace,
+        recorder: Recorder | None,
+        clock: Clock,
     ) -> None:
         self.waiting = WaitingQueue()
         self.preempted: list[SequenceGroup] = []
@@ -38,6 +43,7 @@ class GroupLifecycle:
         self._packer = packer
         self._swap_space = swap_space
         self._recorder = recorder
+        self._clock = clock
         self._seq_ids = itertools.count()
         self._admissions = itertools.count()
 
@@ -53,8 +59,9 @@ class GroupLifecycle:
         else:
             self.preempted.pop(0)
         group.status = GroupStatus.RUNNING
+        group.started_at = self._packer.num_steps
         if group.scheduled_at is None:
-            group.scheduled_at = time.monotonic()
+            group.scheduled_at = self._clock()
         self.num_reserved_rows += group.width
         for seq in group.sequences:
             self._packer.add(seq, group.num_logprobs)
@@ -130,7 +137,7 @@ class GroupLifecycle:
         group.status = GroupStatus.FINISHED
         self.num_finished[reason] += 1
         if self._recorder is not None:
-            self._recorder.add_request(request_record(group, reason, time.monotonic()))
+            self._recorder.add_request(request_record(group, reason, self._clock()))
 
     def _release(self, group: SequenceGroup) -> None:
         """Give back the blocks that a group owns, of the device or of the host."""

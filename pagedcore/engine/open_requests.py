@@ -15,11 +15,15 @@ class OpenRequests:
 
     Sinks are called under the lock, so that a request's outputs arrive in order whichever thread ends it. They may come back
     here. Who calls with another lock held that a sink needs would wait for ever.
+
+    The id of a request that has expired stays in use until it is released: what the engine still says of that request must
+    not reach another one.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._sinks: dict[str, OutputSink] = {}
+        self._expired: set[str] = set()  # ids of requests that the engine may still have
 
     def __len__(self) -> int:
         return len(self._sinks)
@@ -30,7 +34,7 @@ class OpenRequests:
     def add(self, request_id: str, sink: OutputSink) -> None:
         """Raises RequestError if the id is in use."""
         with self._lock:
-            if request_id in self._sinks:
+            if request_id in self._sinks or request_id in self._expired:
                 raise RequestError(f"request_id {request_id!r} is in use by an unfinished request")
             self._sinks[request_id] = sink
 
@@ -55,6 +59,19 @@ class OpenRequests:
             if sink is not None:
                 sink.push(_error_output(request_id, error))
             return sink is not None
+
+    def expire(self, request_id: str, error: Exception) -> bool:
+        """As `fail`, for a request that the engine may still have; its id is in use until `release`."""
+        with self._lock:
+            is_open = self.fail(request_id, error)
+            if is_open:
+                self._expired.add(request_id)
+            return is_open
+
+    def release(self, request_id: str) -> None:
+        """Free the id of a request that has expired: the engine does not have it any more."""
+        with self._lock:
+            self._expired.discard(request_id)
 
     def fail_all(self, error: Exception) -> None:
         """End every request with an error."""

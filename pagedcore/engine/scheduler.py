@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from pagedcore._core import BlockManager
 from pagedcore.engine.admission import Admission
+from pagedcore.engine.clock import Clock
 from pagedcore.engine.lifecycle import GroupLifecycle
 from pagedcore.engine.memory_policy import PAGED, MemoryPolicy
 from pagedcore.engine.outputs import EngineStats, TokenOutput
@@ -38,6 +41,7 @@ class Scheduler:
         buffers: list[Int32Array],
         policy: MemoryPolicy = PAGED,
         recorder: Recorder | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self.config = config
         self.blocks = blocks
@@ -45,9 +49,9 @@ class Scheduler:
         self._packer = StepPacker(blocks, config.max_num_seqs, config.step_sizes, buffers)
         self._swap_space = SwapSpace(blocks, config.preemption_mode, config.swap_cost_tokens)
         self._pinned = PinnedPrefixes(blocks)
-        self._groups = GroupLifecycle(blocks, self._packer, self._swap_space, recorder)
+        self._groups = GroupLifecycle(blocks, self._packer, self._swap_space, recorder, clock)
         self._admission = Admission(config, blocks, policy, self._groups, self._swap_space, self._pinned)
-        self._results = StepResults(blocks, self._packer, self._groups, recorder)
+        self._results = StepResults(blocks, self._packer, self._groups, recorder, clock)
         self.waiting = self._groups.waiting
         self.preempted = self._groups.preempted
         self.running = self._groups.running
@@ -77,6 +81,11 @@ class Scheduler:
     def pin(self, sequence: Sequence) -> None:
         """Keep the blocks of a running sequence, all of which are computed by the steps planned so far, for good."""
         self._pinned.pin(sequence, self.new_seq_id())
+
+    @property
+    def num_free_slots(self) -> int:
+        """How many more sequences could have a row of sampling parameters."""
+        return self._packer.num_free_slots
 
     def has_unfinished(self) -> bool:
         return bool(self.running or self.waiting or self.preempted)

@@ -47,8 +47,9 @@ class SequenceGroup:
     `arrival` orders groups that wait; `rank`, (priority, order of admission), those that have been admitted: the last one
     is preempted first. `account` is its tenant's.
     `held` are ended sequences whose outputs are still to be ranked. Steps before `restarted_at` do not concern it any more.
+    `started_at`: the first step since it was last admitted; what earlier ones computed is in blocks that it gave back.
     `num_ended_tokens`: output tokens of the sequences that have ended. `scheduled_at`, `first_token_at`: when the group was first
-    admitted and drew first, in seconds of `time.monotonic`; None: not yet.
+    admitted and drew first, by the engine's clock; None: not yet.
     """
 
     __slots__ = (
@@ -75,6 +76,7 @@ class SequenceGroup:
         "scheduled_at",
         "search",
         "sequences",
+        "started_at",
         "status",
         "tenant",
         "trunk",
@@ -113,6 +115,7 @@ class SequenceGroup:
         self.scheduled_at: float | None = None
         self.first_token_at: float | None = None
         self.restarted_at = 0
+        self.started_at = 0
         self.status = GroupStatus.WAITING
         self.finish_reason: FinishReason | None = None  # why the group ended, unless its sequences did so by themselves
 

@@ -60,6 +60,11 @@ class StepPacker:
         self._extras: list[FixedExtras | None] = [None] * max_num_seqs  # by slot; None: never any
         self._num_with_extras = 0
 
+    @property
+    def num_free_slots(self) -> int:
+        """Rows of the table of sampling parameters that no sequence has."""
+        return len(self._free_slots)
+
     def add(self, sequence: Sequence, num_logprobs: int) -> None:
         """Keep the sampling parameters of a sequence that begins to run; `num_logprobs`: -1 for none."""
         sequence.slot = self._free_slots.pop()

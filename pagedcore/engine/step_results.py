@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 from pagedcore._core import BlockManager
+from pagedcore.engine.clock import Clock
 from pagedcore.engine.lifecycle import GroupLifecycle
 from pagedcore.engine.outputs import StepLogprobs, TokenLogprobs, TokenOutput, final_output, ranked_outputs
 from pagedcore.engine.sequence import NEVER, FinishReason, Sequence
@@ -19,7 +18,12 @@ class StepResults:
     """Appends what steps drew, registers full blocks, ends sequences and says what there is to say about all that."""
 
     def __init__(
-        self, blocks: BlockManager, packer: StepPacker, groups: GroupLifecycle, recorder: Recorder | None
+        self,
+        blocks: BlockManager,
+        packer: StepPacker,
+        groups: GroupLifecycle,
+        recorder: Recorder | None,
+        clock: Clock,
     ) -> None:
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -27,6 +31,7 @@ class StepResults:
         self._packer = packer
         self._groups = groups
         self._recorder = recorder
+        self._clock = clock
         self._committed_at = -1.0  # when the step before was taken over; before the first one, no sequence's `token_at`
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
@@ -36,7 +41,7 @@ class StepResults:
         step_logprobs = StepLogprobs(result) if result.chosen_logprobs is not None else None
         block_size = self._blocks.block_size
         step_id = plan.step_id
-        committed_at, now = self._committed_at, time.monotonic()
+        committed_at, now = self._committed_at, self._clock()
         times = StepTimes(now, now - committed_at)
         num_drawn = 0
         for row in plan.beam_rows:
@@ -54,7 +59,7 @@ class StepResults:
                 outputs.append(self._fail_bad_logits(group))
                 continue
             end = start + n
-            if end // block_size > start // block_size and group.status is GroupStatus.RUNNING:
+            if end // block_size > start // block_size and _has_computed(group, step_id):
                 self._blocks.commit(seq.seq_id, seq.token_ids, end)
             if not samples:
                 continue
@@ -166,6 +171,11 @@ class StepResults:
         for group in plan.swapped:
             if group.status is not GroupStatus.FINISHED and plan.step_id >= group.restarted_at:
                 self._groups.restart(group)
+
+
+def _has_computed(group: SequenceGroup, step_id: int) -> bool:
+    """Whether what the step computed is in the blocks that the group has now: it may have been preempted meanwhile."""
+    return group.status is GroupStatus.RUNNING and step_id >= group.started_at
 
 
 def _unfinished_groups(plan: StepPlan) -> list[SequenceGroup]:

@@ -29,8 +29,8 @@ class _Move:
 class SwapSpace:
     """Decides who is swapped, and keeps what has to be copied until a step carries it out.
 
-    Before a step, first everything goes out, then everything comes in: `swap_in` is not followed by `swap_out` before
-    `take`.
+    Before a step, first everything goes out, then everything comes in: nothing is swapped out between a `swap_in` and the
+    next `take`.
     """
 
     def __init__(self, blocks: BlockManager, mode: PreemptionMode, swap_cost_tokens: float) -> None:
@@ -45,12 +45,11 @@ class SwapSpace:
 
     def swap_out(self, group: SequenceGroup) -> bool:
         """Move a running group's blocks to the host; False, and nothing is changed, if it had better be recomputed."""
-        if not self._is_worth_it(group):
+        if self._in or not self._is_worth_it(group):
             return False
         pairs = self._blocks.swap_out(group.table_ids)
         if pairs is None:
             return False
-        assert not self._in, "a step's swaps go out before others come in"
         group.num_swapped_blocks = len(pairs)
         self.num_blocks_out += len(pairs)
         self._out.append(_Move(group, pairs))

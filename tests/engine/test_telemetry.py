@@ -31,19 +31,11 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("pagedcore.engine.lifecycle.time.monotonic", clock)
-    return clock
-
-
-def make_recorded_engine(recorder: Recorder, one_step_ahead: bool) -> Engine:
+def make_recorded_engine(recorder: Recorder, one_step_ahead: bool, clock: Clock) -> Engine:
     """A pool so small that requests are preempted, and steps so small that prompts come in chunks."""
     executor = FakeExecutor(BLOCKS, BLOCK_SIZE, VOCAB, max_rows=8, max_tokens=16, max_width=32)
-    scheduler = Scheduler(
-        SchedulerConfig(8, 16), BlockManager(BLOCKS, BLOCK_SIZE), executor.step_buffers(), recorder=recorder
-    )
+    blocks = BlockManager(BLOCKS, BLOCK_SIZE)
+    scheduler = Scheduler(SchedulerConfig(8, 16), blocks, executor.step_buffers(), recorder=recorder, clock=clock)
     limits = EngineLimits(96, VOCAB, 20, frozenset(range(8)))
     return Engine(scheduler, executor, limits, one_step_ahead=one_step_ahead)
 
@@ -61,10 +53,10 @@ def make_requests(rng: random.Random, clock: Clock) -> list[Request]:
 
 
 @pytest.mark.parametrize("one_step_ahead", [False, True])
-def test_times_between_tokens_and_of_requests(clock: Clock, one_step_ahead: bool) -> None:
+def test_times_between_tokens_and_of_requests(one_step_ahead: bool) -> None:
     rng = random.Random(11)
-    recorder = Recorder()
-    engine = make_recorded_engine(recorder, one_step_ahead)
+    clock, recorder = Clock(), Recorder()
+    engine = make_recorded_engine(recorder, one_step_ahead, clock)
     requests = make_requests(rng, clock)
     by_id = {request.request_id: request for request in requests}
     token_at: dict[tuple[str, int], float] = {}
