@@ -1,7 +1,7 @@
-# make serve | install | test | check | bench | paper | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
+# make serve | install | test | check | sim | bench | paper | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve install test check bench paper asan cuda clean setup-serve setup-test setup-bench
+.PHONY: help setup serve install test check sim bench paper asan cuda clean setup-serve setup-test setup-bench
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
@@ -15,6 +15,7 @@ METRICS_PORT ?= 8002
 MODEL ?=
 BACKENDS ?= /opt/tritonserver/backends
 NAME ?= pagedcore
+SEEDS ?= 100000
 TRITONSERVER ?=
 ARGS ?=
 BENCHMARKS ?= $(addprefix benchmarks/,engine/host_step.py engine/cpu_graphs.py engine/cpu_engine.py engine/busy_neighbour.py \
@@ -30,6 +31,7 @@ help:
 	@echo "make install put the backend into an installed tritonserver (BACKENDS=/opt/tritonserver/backends NAME=vllm|pagedcore)"
 	@echo "make test    the whole test suite (ARGS='-k name' goes to pytest)"
 	@echo "make check   ruff, mypy, clang-format"
+	@echo "make sim     the engine in a simulated world, $(SEEDS) seeds (SEEDS= ARGS='--seconds 60'); a failing one is made small and shown"
 	@echo "make bench   the CPU benchmarks, written to benchmarks/results"
 	@echo "make paper   the PagedAttention paper's experiments that need no GPU, written to docs/paper.md"
 	@echo "make asan    block manager and kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -65,6 +67,9 @@ check: setup-test
 	$(VENV_BIN)/python benchmarks/tables.py --check
 	$(VENV_BIN)/python benchmarks/paper/page.py --check
 	git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs $(VENV_BIN)/clang-format --dry-run --Werror
+
+sim: setup-test
+	$(VENV_BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
 
 bench: setup-bench
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'

@@ -1,0 +1,69 @@
+"""Faults of the engine that the simulator found, each as the smallest scenario that shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.engine.step_sizes import NO_PADDING
+from pagedcore.engine.swap_space import PreemptionMode
+from tests.simulation.scenario import Arrival, Event, Scenario, Setup
+from tests.simulation.simulator import simulate
+
+
+def make_setup(**different: Any) -> Setup:
+    values: dict[str, Any] = {
+        "block_size": 4,
+        "num_blocks": 8,
+        "num_host_blocks": 0,
+        "hash_bits": 64,
+        "max_model_len": 24,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 12,
+        "step_sizes": NO_PADDING,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "preemption_mode": PreemptionMode.RECOMPUTE,
+        "swap_cost_tokens": 0.0,
+        "one_step_ahead": True,
+        "launches_eagerly": False,
+        "max_queue_size": 0,
+        "max_queue_tokens": 0,
+        "pinned_prefixes": (),
+    }
+    return Setup(**values | different)
+
+
+def arrival(at: float, name: str, length: int, output: int, priority: int = 0, timeout: float | None = None) -> Arrival:
+    params = SamplingParams(temperature=0, seed=1, max_tokens=output, ignore_eos=True, priority=priority)
+    prompt = tuple((position * position + len(name)) % 5 + 1 for position in range(length))
+    return Arrival(at, name, prompt, params, timeout=timeout)
+
+
+def preempted_while_on_its_way_back() -> tuple[Setup, list[Event]]:
+    """The engine ended: a group was to be swapped out whose blocks were to come in with a step that had not been planned."""
+    setup = make_setup(
+        block_size=8, num_blocks=3, num_host_blocks=3, max_num_seqs=1, preemption_mode=PreemptionMode.SWAP
+    )
+    return setup, [arrival(0.0, "yields", 7, 6, 1), arrival(1.5, "a", 9, 3), arrival(6.5, "b", 9, 3)]
+
+
+def readmitted_in_the_step_that_preempted_it() -> tuple[Setup, list[Event]]:
+    """Blocks went into the prefix cache that nothing had been written to: the step that computed their tokens had other ones."""
+    return make_setup(), [arrival(0.0, "long", 22, 2, 1), arrival(1.5, "urgent", 8, 3)]
+
+
+def same_id_after_a_deadline() -> tuple[Setup, list[Event]]:
+    """The abort of a request whose deadline had passed ended the next request of the same id."""
+    return make_setup(), [arrival(0.0, "x", 5, 9, timeout=2.25), arrival(2.5, "x", 5, 9), arrival(4.5, "x", 5, 9)]
+
+
+@pytest.mark.parametrize(
+    "case", [preempted_while_on_its_way_back, readmitted_in_the_step_that_preempted_it, same_id_after_a_deadline]
+)
+def test_what_the_simulator_found_stays_mended(case: Any) -> None:
+    setup, events = case()
+    summary = simulate(Scenario(0, setup, tuple(events)))
+    assert summary.num_steps > 0
