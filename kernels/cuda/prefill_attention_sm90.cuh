@@ -279,9 +279,8 @@ void launch_prefill_sm90(const PagedAttention& a, Stream stream) {
   using Config = PrefillSm90<T, kHeadDim>;
   allow_shared_memory<Config::kSharedBytes>(prefill_attention_sm90<T, kHeadDim>);
   const AttentionPlan plan = plan_attention(a);
-  constexpr int64_t kAnyRows = int64_t{1} << 31;  // the cache's size is not stated: the block table is trusted
-  const KVMaps maps{make_tensor_map(a.k_cache, kAnyRows, kHeadDim, kHeadDim, Config::kBoxRows),
-                    make_tensor_map(a.v_cache, kAnyRows, kHeadDim, kHeadDim, Config::kBoxRows)};
+  const KVMaps maps{make_tensor_map(a.k_cache, kHeadDim, Config::kBoxRows),
+                    make_tensor_map(a.v_cache, kHeadDim, Config::kBoxRows)};
   const unsigned work = a.num_kv_heads * max_prefill_tiles<Config>(a, plan);
   const unsigned num_blocks = min(work, static_cast<unsigned>(device_info().num_multiprocessors));
   launch(prefill_attention_sm90<T, kHeadDim>, num_blocks, Config::kThreads, Config::kSharedBytes, stream, a, plan,

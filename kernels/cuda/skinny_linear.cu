@@ -1,12 +1,13 @@
 // y = x W^T for up to 32 rows of x. A decode step of a small batch reads every weight once and computes next to nothing
 // with it, so what counts is that the memory never rests.
 //
-// Every thread block has an equal share of the rows of W. One warp copies them, and x, into a ring in shared memory
-// with the tensor copy engine; eight warps multiply on tensor cores (W x^T, 16 rows of W by 8 or 16 rows of x), each
-// taking its part of k, and add up their sums in a fixed order. A weight does not depend on the kernels before this
-// one, so the ring is filled while those still run: two such thread blocks and a small one fit on a multiprocessor.
+// The rows of W are cut into items, dealt out to the thread blocks in turn. One warp copies an item, and x, into a ring
+// in shared memory with the tensor copy engine, in few and large pieces: a thread issues one in about a hundred cycles.
+// Eight warps multiply on tensor cores (W x^T, 16 rows of W by 8 or 16 rows of x), each taking its part of k, and add
+// up their sums in a fixed order. A weight does not depend on the kernels before this one, so the ring is filled while
+// those still run.
 //
-// For gate and up projections the pairs of rows are worked on together, and what is stored is silu(gate) * up.
+// For gate and up projections an item has pairs of rows, and what is stored is silu(gate) * up.
 #include "tensor_copy.cuh"
 
 namespace pagedcore::cuda {
@@ -15,11 +16,11 @@ namespace {
 constexpr int kTileRows = 16;    // of W: m of mma.m16n8k16, and the rows of a box
 constexpr int kBoxColumns = 64;  // along k: 128 bytes, the width of the swizzle
 constexpr int kMaxTokens = 32;
-constexpr int kMaxRowTiles = 4;
-constexpr int kRingBytes = 96 << 10;
+constexpr int kRingBytes = 192 << 10;
 
-template <int kRowTiles, int kTokens>
+template <int kRowTileCount, int kTokenCount>
 struct Skinny {
+  static constexpr int kRowTiles = kRowTileCount, kTokens = kTokenCount;
   static constexpr int kWarps = 8;  // that multiply
   static constexpr int kThreads = (kWarps + 1) * kWarpSize;
   static constexpr int kGroupTokens = kTokens < 16 ? 8 : 16;  // of one warp
@@ -28,7 +29,8 @@ struct Skinny {
   static constexpr int kBoxes = kRowTiles == 1 ? 8 : kRowTiles == 2 ? 4 : 2;  // along k, to a stage
   static constexpr int kSteps = kBoxes * kBoxColumns / 16;
   static constexpr int kWeightBoxBytes = kTileRows * kBoxColumns * 2, kTokenBoxBytes = kTokens * kBoxColumns * 2;
-  static constexpr int kWeightBytes = kRowTiles * kBoxes * kWeightBoxBytes;
+  static constexpr int kTileBytes = kBoxes * kWeightBoxBytes;
+  static constexpr int kWeightBytes = kRowTiles * kTileBytes;
   static constexpr int kStageBytes = kWeightBytes + kBoxes * kTokenBoxBytes;
   static constexpr int kStages = kRingBytes / kStageBytes;
   static constexpr int kSumPitch = kTileRows + 1;
@@ -42,75 +44,63 @@ struct SkinnyMaps {
   CUtensorMap x;
 };
 
-// The tiles of W that a thread block works on: units (a tile, or the two tiles of a gate and its up projection) in
-// passes of up to kMaxRowTiles tiles.
-struct Share {
-  int begin, end;  // units
-  int units_per_pass;
-  int num_passes;
-  int num_stages;  // to a pass
+// How W is cut up. An item is `units` units of rows, the last one maybe fewer; a unit a tile, or the two tiles of a
+// gate and its up projection.
+template <typename Config, bool kGated>
+struct Items {
+  static constexpr int kUnitTiles = kGated ? 2 : 1;
+  static constexpr int kUnits = Config::kRowTiles / kUnitTiles;
+  int num_units;
+  int num_items;
+  int num_stages;  // of each item
 
-  __device__ __forceinline__ int units(int pass) const {
-    return min(units_per_pass, end - begin - pass * units_per_pass);
-  }
+  __device__ __forceinline__ explicit Items(const SkinnyLinear& a)
+      : num_units(a.out_features / (kTileRows * kUnitTiles)),
+        num_items(ceil_div(num_units, kUnits)),
+        num_stages(ceil_div(a.in_features, Config::kBoxes * kBoxColumns)) {}
+
+  __device__ __forceinline__ int tiles(int item) const { return min(kUnits, num_units - item * kUnits) * kUnitTiles; }
 };
 
-template <typename Config, int kRowTiles, bool kGated>
-__device__ __forceinline__ Share find_share(const SkinnyLinear& a) {
-  constexpr int kUnitTiles = kGated ? 2 : 1;
-  const int units = a.out_features / (kTileRows * kUnitTiles);
-  Share share;
-  share.begin = static_cast<int>(int64_t{units} * blockIdx.x / gridDim.x);
-  share.end = static_cast<int>(int64_t{units} * (blockIdx.x + 1) / gridDim.x);
-  share.units_per_pass = kRowTiles / kUnitTiles;
-  share.num_passes = ceil_div(share.end - share.begin, share.units_per_pass);
-  share.num_stages = ceil_div(a.in_features, Config::kBoxes * kBoxColumns);
-  return share;
-}
-
-// The copying thread's view of the ring: stage i % kStages has the i-th piece of work.
+// The copying thread: stage i % kStages of the ring has the i-th piece of work.
 template <typename Config, bool kGated>
 struct Copier {
   const SkinnyLinear& a;
   const SkinnyMaps& maps;
-  const Share& share;
+  const Items<Config, kGated>& items;
   uint32_t ring, barriers;
 
   __device__ __forceinline__ uint32_t stage(int i) const { return ring + i % Config::kStages * Config::kStageBytes; }
   __device__ __forceinline__ uint32_t full(int i) const { return barriers + i % Config::kStages * 16; }
 
-  __device__ __forceinline__ void copy_weights(int i) const {
-    constexpr int kUnitTiles = kGated ? 2 : 1;
-    const int pass = i / share.num_stages, column = i % share.num_stages * Config::kBoxes * kBoxColumns;
-    const int first = share.begin + pass * share.units_per_pass, tiles = share.units(pass) * kUnitTiles;
+  __device__ __forceinline__ void copy_weights(int i, int item, int part) const {
+    constexpr int kUnitTiles = Items<Config, kGated>::kUnitTiles;
+    const int first = item * Items<Config, kGated>::kUnits, tiles = items.tiles(item);
     barrier_expect(full(i), Config::kBoxes * (tiles * Config::kWeightBoxBytes + Config::kTokenBoxBytes));
-    for (int box = 0; box < Config::kBoxes; ++box) {
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int row = (first + tile / kUnitTiles) * kTileRows + tile % kUnitTiles * (a.out_features / 2);
-        copy_box_once(stage(i) + (box * tiles + tile) * Config::kWeightBoxBytes, &maps.weight,
-                      column + box * kBoxColumns, row, full(i));
-      }
+#pragma unroll
+    for (int tile = 0; tile < Config::kRowTiles; ++tile) {
+      if (tile >= tiles) break;
+      const int row = (first + tile / kUnitTiles) * kTileRows + tile % kUnitTiles * (a.out_features / 2);
+      copy_stack_once(stage(i) + tile * Config::kTileBytes, &maps.weight, part * Config::kBoxes, row, full(i));
     }
   }
 
-  __device__ __forceinline__ void copy_tokens(int i) const {
-    const int column = i % share.num_stages * Config::kBoxes * kBoxColumns;
-    for (int box = 0; box < Config::kBoxes; ++box) {
-      copy_box(stage(i) + Config::kWeightBytes + box * Config::kTokenBoxBytes, &maps.x, column + box * kBoxColumns, 0,
-               full(i));
-    }
+  __device__ __forceinline__ void copy_tokens(int i, int part) const {
+    copy_stack(stage(i) + Config::kWeightBytes, &maps.x, part * Config::kBoxes, 0, full(i));
   }
 
   __device__ __forceinline__ void run() const {
-    const int total = share.num_passes * share.num_stages;
-    const int ahead = min(total, Config::kStages);
-    for (int i = 0; i < ahead; ++i) copy_weights(i);
+    const int ahead = min(items.num_stages, Config::kStages);
+    for (int i = 0; i < ahead; ++i) copy_weights(i, blockIdx.x, i);
     wait_for_previous_kernel();
-    for (int i = 0; i < ahead; ++i) copy_tokens(i);
-    for (int i = ahead; i < total; ++i) {
-      barrier_wait(full(i) + 8, i / Config::kStages - 1);
-      copy_weights(i);
-      copy_tokens(i);
+    for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
+    int i = ahead, part = ahead;
+    for (int item = blockIdx.x; item < items.num_items; item += gridDim.x, part = 0) {
+      for (; part < items.num_stages; ++part, ++i) {
+        if (i >= Config::kStages) barrier_wait(full(i) + 8, i / Config::kStages - 1);
+        copy_weights(i, item, part);
+        copy_tokens(i, part);
+      }
     }
   }
 };
@@ -119,9 +109,9 @@ struct Copier {
 __device__ __forceinline__ uint32_t piece(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 // d += one warp's part of a stage: every kSlices-th step along k, for its tokens.
-template <typename T, typename Config, int kRowTiles>
-__device__ __forceinline__ void multiply_stage(float (&d)[kRowTiles][Config::kGroupTokens / 8][4], uint32_t stage,
-                                               int tiles) {
+template <typename T, typename Config>
+__device__ __forceinline__ void multiply_stage(float (&d)[Config::kRowTiles][Config::kGroupTokens / 8][4],
+                                               uint32_t stage, int tiles) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int slice = warp / Config::kGroups, group = warp % Config::kGroups;
 #pragma unroll
@@ -136,10 +126,11 @@ __device__ __forceinline__ void multiply_stage(float (&d)[kRowTiles][Config::kGr
       load_two_matrices(b[0], b[1], tokens + piece(lane % 8, chunk + lane / 8 % 2));
     }
 #pragma unroll
-    for (int tile = 0; tile < kRowTiles; ++tile) {
+    for (int tile = 0; tile < Config::kRowTiles; ++tile) {
       if (tile >= tiles) break;
       uint32_t w[4];
-      load_matrices(w, stage + (box * tiles + tile) * Config::kWeightBoxBytes + piece(lane % 16, chunk + lane / 16));
+      load_matrices(
+          w, stage + tile * Config::kTileBytes + box * Config::kWeightBoxBytes + piece(lane % 16, chunk + lane / 16));
 #pragma unroll
       for (int n = 0; n < Config::kGroupTokens / 8; ++n) multiply_add<T>(d[tile][n], w, b[2 * n], b[2 * n + 1]);
     }
@@ -156,11 +147,12 @@ __device__ __forceinline__ void store(const SkinnyLinear& a, int token, int colu
   }
 }
 
-// Add up the warps' sums of a pass, tile by tile, and store them, or silu(gate) * up of each two tiles.
-template <typename T, typename Config, int kRowTiles, int kTokens, bool kGated>
-__device__ __forceinline__ void finish_pass(const SkinnyLinear& a,
-                                            const float (&d)[kRowTiles][Config::kGroupTokens / 8][4], float* sums,
-                                            int first_unit, int tiles) {
+// Add up the warps' sums of an item, tile by tile, and store them, or silu(gate) * up of each two tiles.
+template <typename T, typename Config, bool kGated>
+__device__ __forceinline__ void finish_item(const SkinnyLinear& a,
+                                            const float (&d)[Config::kRowTiles][Config::kGroupTokens / 8][4],
+                                            float* sums, int first_unit, int tiles) {
+  constexpr int kRowTiles = Config::kRowTiles, kTokens = Config::kTokens;
   constexpr int kComputeThreads = Config::kWarps * kWarpSize;
   constexpr int kValues = ceil_div(kTokens * kTileRows, kComputeThreads);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -207,11 +199,10 @@ __device__ __forceinline__ void finish_pass(const SkinnyLinear& a,
 }
 
 template <typename T, int kRowTiles, int kTokens, bool kGated>
-__global__ void __launch_bounds__(Skinny<kRowTiles, kTokens>::kThreads, 2)
+__global__ void __launch_bounds__(Skinny<kRowTiles, kTokens>::kThreads, 1)
     skinny_linear_kernel(const __grid_constant__ SkinnyLinear a, const __grid_constant__ SkinnyMaps maps) {
 #if __CUDA_ARCH__ >= 900
   using Config = Skinny<kRowTiles, kTokens>;
-  constexpr int kUnitTiles = kGated ? 2 : 1;
   extern __shared__ char shared[];
   allow_next_kernel();  // it waits for this one's end before it touches what this one writes
   const uint32_t begin = shared_address(shared);
@@ -226,56 +217,54 @@ __global__ void __launch_bounds__(Skinny<kRowTiles, kTokens>::kThreads, 2)
     publish_barriers();
   }
   __syncthreads();
-  const Share share = find_share<Config, kRowTiles, kGated>(a);
+  const Items<Config, kGated> items(a);
   if (threadIdx.x / kWarpSize == Config::kWarps) {
-    if (threadIdx.x % kWarpSize == 0) Copier<Config, kGated>{a, maps, share, ring, barriers}.run();
+    if (threadIdx.x % kWarpSize == 0) Copier<Config, kGated>{a, maps, items, ring, barriers}.run();
     return;
   }
   wait_for_previous_kernel();
   int turn = 0;
-  for (int pass = 0; pass < share.num_passes; ++pass) {
-    const int tiles = share.units(pass) * kUnitTiles;
+  for (int item = blockIdx.x; item < items.num_items; item += gridDim.x) {
+    const int tiles = items.tiles(item);
     float d[kRowTiles][Config::kGroupTokens / 8][4] = {};
-    for (int i = 0; i < share.num_stages; ++i, ++turn) {
+    for (int i = 0; i < items.num_stages; ++i, ++turn) {
       const int at = turn % Config::kStages;
       barrier_wait(barriers + at * 16, turn / Config::kStages);
-      multiply_stage<T, Config, kRowTiles>(d, ring + at * Config::kStageBytes, tiles);
+      multiply_stage<T, Config>(d, ring + at * Config::kStageBytes, tiles);
       __syncwarp();
       if (threadIdx.x % kWarpSize == 0) barrier_arrive(barriers + at * 16 + 8);
     }
-    finish_pass<T, Config, kRowTiles, kTokens, kGated>(a, d, sums, share.begin + pass * share.units_per_pass, tiles);
+    finish_item<T, Config, kGated>(a, d, sums, item * Items<Config, kGated>::kUnits, tiles);
   }
 #endif
 }
 
 template <typename T, int kRowTiles, int kTokens, bool kGated>
-void launch_shape(const SkinnyLinear& a, int num_blocks, Stream stream) {
+void launch_shape(const SkinnyLinear& a, Stream stream) {
   using Config = Skinny<kRowTiles, kTokens>;
   const auto kernel = skinny_linear_kernel<T, kRowTiles, kTokens, kGated>;
   allow_shared_memory<Config::kSharedBytes>(kernel);
-  const SkinnyMaps maps{make_tensor_map(a.weight, a.out_features, a.in_features, a.in_features, kTileRows),
-                        make_tensor_map(a.x, a.num_tokens, a.in_features, a.x_row_stride, kTokens)};
-  launch(kernel, num_blocks, Config::kThreads, Config::kSharedBytes, stream, a, maps);
+  const SkinnyMaps maps{
+      make_stack_map(a.weight, a.out_features, a.in_features, a.in_features, kTileRows, Config::kBoxes),
+      make_stack_map(a.x, a.num_tokens, a.in_features, a.x_row_stride, kTokens, Config::kBoxes)};
+  const int num_items = ceil_div(a.out_features, kTileRows * kRowTiles);
+  launch(kernel, min(num_items, device_info().num_multiprocessors), Config::kThreads, Config::kSharedBytes, stream, a,
+         maps);
 }
 
 template <typename T, int kTokens>
 void launch_tokens(const SkinnyLinear& a, Stream stream) {
-  const int units = a.out_features / (a.is_gated ? 2 * kTileRows : kTileRows);
-  const int num_blocks = min(units, device_info().num_multiprocessors);
-  const int units_per_block = ceil_div(units, num_blocks);
-  if (a.is_gated) {
-    return units_per_block == 1 ? launch_shape<T, 2, kTokens, true>(a, num_blocks, stream)
-                                : launch_shape<T, 4, kTokens, true>(a, num_blocks, stream);
-  }
-  switch (min(units_per_block, kMaxRowTiles)) {
+  if (a.is_gated) return launch_shape<T, 2, kTokens, true>(a, stream);
+  // One item to a thread block where that is large enough; small ones where there are many, for an even end.
+  const int tiles = ceil_div(a.out_features / kTileRows, device_info().num_multiprocessors);
+  switch (tiles) {
     case 1:
-      return launch_shape<T, 1, kTokens, false>(a, num_blocks, stream);
-    case 2:
-      return launch_shape<T, 2, kTokens, false>(a, num_blocks, stream);
+      return launch_shape<T, 1, kTokens, false>(a, stream);
     case 3:
-      return launch_shape<T, 3, kTokens, false>(a, num_blocks, stream);
+      return launch_shape<T, 3, kTokens, false>(a, stream);
     default:
-      return launch_shape<T, 4, kTokens, false>(a, num_blocks, stream);
+      return tiles == 4 || tiles >= 16 ? launch_shape<T, 4, kTokens, false>(a, stream)
+                                       : launch_shape<T, 2, kTokens, false>(a, stream);
   }
 }
 
@@ -300,7 +289,7 @@ void skinny_linear(const SkinnyLinear& a, Stream stream) {
   if (a.num_tokens == 0) return;
   require(has_skinny_linear(), "compute capability", "9.0 or higher, in code built for it", 0);
   require(a.num_tokens <= kMaxTokens, "the number of rows", "at most 32", a.num_tokens);
-  require(a.in_features % 8 == 0, "in_features", "a multiple of 8", a.in_features);
+  require(a.in_features % kBoxColumns == 0, "in_features", "a multiple of 64", a.in_features);
   require(a.x_row_stride % 8 == 0, "the distance of x's rows", "a multiple of 8", a.x_row_stride);
   require(reinterpret_cast<uintptr_t>(a.x) % 16 == 0, "x's address", "a multiple of 16",
           reinterpret_cast<intptr_t>(a.x));

@@ -71,12 +71,12 @@ def captured_sizes(max_num_seqs: int, max_num_batched_tokens: int, num_weights: 
         return (*(size for size in sizes if size < limit), limit)
 
     decode_rows = up_to(max_num_seqs, [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs, 16)])
-    prefill_tokens = [*range(64, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256)]
+    prefill_tokens = [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
     most = min(max_num_batched_tokens, LAUNCH_BOUND_OPERATIONS / (2 * num_weights))
     return StepSizes(
         decode_rows,
         tuple(size for size in prefill_tokens if size <= most),
-        up_to(max_num_seqs, [1, 8, 32, 128]),
+        up_to(max_num_seqs, [1, 16, 64]),
     )
 
 

@@ -171,7 +171,7 @@ def _is_skinny(x: Tensor, out_features: int) -> bool:
         len(x) <= MAX_SKINNY_ROWS
         and x.dtype is not torch.float32
         and x.stride(0) % 8 == 0
-        and x.shape[1] % 8 == 0
+        and x.shape[1] % 64 == 0
         and out_features % 16 == 0
         and x.data_ptr() % 16 == 0
         and _has_skinny_linear()
