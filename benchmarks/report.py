@@ -42,7 +42,7 @@ def write(name: str, rows: list[Row], notes: str = "", commit: str | None = None
         "machine": machine(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": current_commit() if commit is None else commit,
-        "command": "python " + shlex.join([_relative(sys.argv[0]), *sys.argv[1:]]),
+        "command": "python " + shlex.join([*_program(), *sys.argv[1:]]),
         "notes": notes,
         "rows": [asdict(entry) for entry in rows],
     }
@@ -85,6 +85,12 @@ def current_commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return git("rev-parse", "--short=12", "HEAD") + ("-modified" if changed else "")
+
+
+def _program() -> list[str]:
+    """The arguments of `python` that begin this program: a script, or -m and a module."""
+    spec = sys.modules["__main__"].__spec__
+    return [_relative(sys.argv[0])] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
 
 
 def _relative(path: str) -> str:

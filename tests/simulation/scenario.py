@@ -92,6 +92,14 @@ class StepFailure:
 
 
 @dataclass(frozen=True)
+class SwapFailure:
+    """As StepFailure, in a step that moves blocks between device and host; `number`: of such steps, from 0 on."""
+
+    number: int
+    num_done: int
+
+
+@dataclass(frozen=True)
 class BadLogits:
     """In a step, the logits of the rows r with r % modulus == 0 are not finite."""
 
@@ -108,7 +116,7 @@ class NoRoom:
 
 
 TimedEvent: TypeAlias = Arrival | Cancel | StopString | ClockJump | Shutdown
-Fault: TypeAlias = StepFailure | BadLogits | NoRoom
+Fault: TypeAlias = StepFailure | SwapFailure | BadLogits | NoRoom
 Event: TypeAlias = TimedEvent | Fault
 
 
@@ -132,9 +140,9 @@ def make_scenario(seed: int) -> Scenario:
     for arrival in arrivals:
         chance = rng.random()
         at = arrival.at + rng.random() * rng.choice((2, 10, 25))
-        if chance < 0.2:
+        if chance < 0.25:
             events.append(Cancel(at, arrival.request_id))
-        elif chance < 0.3:
+        elif chance < 0.35:
             events.append(StopString(at, arrival.request_id, rng.randrange(arrival.params.num_sequences)))
     if rng.random() < 0.1:
         events.append(ClockJump(rng.random() * 15, rng.choice((3.0, 1000.0))))
@@ -145,16 +153,16 @@ def make_scenario(seed: int) -> Scenario:
 
 def _make_setup(rng: random.Random) -> Setup:
     block_size = rng.choice((1, 2, 2, 3, 4, 4, 8))
-    max_model_len = rng.randint(6, 24)
+    max_model_len = rng.randint(8, 24)
     longest = -(-max_model_len // block_size)
-    max_num_seqs = rng.choice((1, 2, 3, 3, 4, 4, 5, 6))
+    max_num_seqs = rng.choice((1, 2, 3, 4, 6, 8))
     chunked = rng.random() < 0.8
     pinned = [_prompt(rng, rng.randint(1, max_model_len // 2)) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
     num_pinned = sum(-(-len(prefix) // block_size) for prefix in pinned)
     return Setup(
         block_size=block_size,
-        num_blocks=longest + num_pinned + rng.randint(0, rng.choice((1, 2, longest // 2, 2 * longest))),
-        num_host_blocks=rng.choice((0, longest // 2, longest, 3 * longest)),
+        num_blocks=longest + num_pinned + rng.randint(0, rng.choice((longest // 2, longest, 2 * longest))),
+        num_host_blocks=rng.choice((0, longest, 3 * longest, 6 * longest)),
         hash_bits=rng.choice((64, 2, 5)),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -162,12 +170,12 @@ def _make_setup(rng: random.Random) -> Setup:
         step_sizes=rng.choice((NO_PADDING, StepSizes((2, max_num_seqs + 1), (3, 8), (2, max_num_seqs)))),
         enable_prefix_caching=rng.random() < 0.7,
         enable_chunked_prefill=chunked,
-        preemption_mode=rng.choice(tuple(PreemptionMode)),
+        preemption_mode=rng.choice((*PreemptionMode, PreemptionMode.SWAP)),
         swap_cost_tokens=rng.choice((0.0, 1.0, 2.0)),
         one_step_ahead=rng.random() < 0.75,
         launches_eagerly=rng.random() < 0.2,
-        max_queue_size=rng.choice((0, 0, 0, 2)),
-        max_queue_tokens=rng.choice((0, 0, 0, 20)),
+        max_queue_size=rng.choice((0, 0, 0, 0, 0, 0, 0, 2)),
+        max_queue_tokens=rng.choice((0, 0, 0, 0, 0, 0, 0, 20)),
         pinned_prefixes=tuple(pinned),
     )
 
@@ -178,16 +186,17 @@ def _prompt(rng: random.Random, length: int) -> tuple[int, ...]:
 
 def _make_arrivals(rng: random.Random, setup: Setup) -> list[Arrival]:
     arrivals: list[Arrival] = []
-    shared = _prompt(rng, setup.max_model_len)
+    shared = _prompt(rng, setup.max_model_len // 2)
     starts = (*setup.pinned_prefixes, shared)
-    is_burst = rng.random() < 0.6
-    for number in range(rng.randint(1, 8)):
+    priorities = rng.choice(((0,), (1, 0, -1), (2, 1, 0, -1, -2)))
+    until = rng.choice((0.0, 4.0, 12.0))
+    for number in range(rng.randint(2, 9)):
         start = rng.choice(starts)
         start = start[: rng.choice((0, len(start) // 2, len(start)))]
-        prompt = (*start, *_prompt(rng, rng.randint(1, setup.max_model_len // 2)))[: setup.max_model_len - 1]
-        if arrivals and rng.random() < 0.15:
+        prompt = (*start, *_prompt(rng, rng.randint(1, setup.max_model_len // 4)))[: setup.max_model_len - 1]
+        if arrivals and rng.random() < 0.25:
             prompt = rng.choice(arrivals).prompt
-        at = 0.0 if is_burst else rng.random() * 12
+        at = rng.random() * until
         request_id = f"r{number}"
         if arrivals and rng.random() < 0.06:  # a client that tries again, perhaps as soon as it may
             before = rng.choice(arrivals)
@@ -197,7 +206,7 @@ def _make_arrivals(rng: random.Random, setup: Setup) -> list[Arrival]:
                 at=at,
                 request_id=request_id,
                 prompt=prompt,
-                params=_make_params(rng, setup),
+                params=_make_params(rng, setup, rng.choice(priorities)),
                 cache_salt=rng.choice(("", "", "", "a")),
                 timeout=rng.random() * 20 + 0.5 if rng.random() < 0.12 else None,
             )
@@ -205,7 +214,7 @@ def _make_arrivals(rng: random.Random, setup: Setup) -> list[Arrival]:
     return arrivals
 
 
-def _make_params(rng: random.Random, setup: Setup) -> SamplingParams:
+def _make_params(rng: random.Random, setup: Setup, priority: int) -> SamplingParams:
     max_width = min(setup.max_num_seqs, 3)
     kind = rng.random()
     own: dict[str, Any] = {"temperature": rng.choice((0.0, 0.8))}
@@ -225,11 +234,11 @@ def _make_params(rng: random.Random, setup: Setup) -> SamplingParams:
     elif kind < 0.45:
         own["logprobs"] = rng.randint(0, 3)
     return _params(
-        max_tokens=rng.randint(1, rng.choice((4, 20))),
+        max_tokens=rng.randint(1, rng.choice((4, 20, 20))),
         seed=rng.randint(1, 3) if rng.random() < 0.9 else 2**64 - 5,
-        ignore_eos=rng.random() < 0.5,
+        ignore_eos=rng.random() < 0.7,
         stop_token_ids=rng.choice(((), (), (7, 11))),
-        priority=rng.choice((0, 0, 0, -1, 1)),
+        priority=priority,
         tenant=rng.choice(("", "", "b")),
         **own,
     )
@@ -245,11 +254,13 @@ def _make_faults(rng: random.Random) -> list[Fault]:
     faults: list[Fault] = []
     if rng.random() < 0.2:
         first = rng.randrange(25)
-        num_failures = rng.choice((1, 1, 1, 2, 3))
+        num_failures = rng.choice((1, 1, 2, 2, 3))
         faults += [StepFailure(first + number, rng.randrange(16)) for number in range(num_failures)]
+    if rng.random() < 0.15:
+        faults.append(SwapFailure(rng.choice((0, 0, 1, 2)), rng.randrange(6)))
     if rng.random() < 0.1:
         faults.append(BadLogits(rng.randrange(25), rng.randint(1, 3)))
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         faults += [NoRoom(rng.randrange(80), rng.choice((1, 1, 2, 10))) for _ in range(rng.randint(1, 3))]
     return faults
 

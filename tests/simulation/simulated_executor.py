@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,7 +14,7 @@ from pagedcore.engine.step_plan import HEADER_SIZE, NUM_SAMPLING_COLUMNS, Int32A
 from tests.simulation import fake_model
 from tests.simulation.failure import require
 from tests.simulation.fake_model import POISON, ROOT
-from tests.simulation.scenario import BadLogits, Setup, StepFailure
+from tests.simulation.scenario import BadLogits, Fault, Setup, StepFailure, SwapFailure
 from tests.simulation.watched_blocks import WatchedBlocks
 
 _MASK32 = 2**32 - 1
@@ -25,16 +26,25 @@ class PlannedFailureError(RuntimeError):
 
 @dataclass(frozen=True)
 class ExecutorFaults:
-    """By step id: after how many operations it fails, and which rows have bad logits."""
+    """After how many operations steps fail, by step id or by the number of a step that swaps; which rows are bad, by step id."""
 
     num_done: dict[int, int]
+    num_done_of_swaps: dict[int, int]
     bad_rows: dict[int, int]
 
     @classmethod
-    def of(cls, failures: list[StepFailure], bad_logits: list[BadLogits]) -> ExecutorFaults:
+    def of(cls, faults: Iterable[Fault]) -> ExecutorFaults:
+        faults = [*faults]
         return cls(
-            {fault.step: fault.num_done for fault in failures}, {fault.step: fault.modulus for fault in bad_logits}
+            {fault.step: fault.num_done for fault in faults if isinstance(fault, StepFailure)},
+            {fault.number: fault.num_done for fault in faults if isinstance(fault, SwapFailure)},
+            {fault.step: fault.modulus for fault in faults if isinstance(fault, BadLogits)},
         )
+
+    @property
+    def num_failures(self) -> int:
+        """How many steps may fail."""
+        return len(self.num_done) + len(self.num_done_of_swaps)
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,11 @@ class SimulatedExecutor:
         self.step_sizes = setup.step_sizes
         self.num_launched = 0
         self._setup = setup
+        blocks.on_commit = self._check_contents
         self._blocks = blocks
-        self._faults = ExecutorFaults({}, {})
+        self._faults = ExecutorFaults({}, {}, {})
         self._first_step = 0
+        self._num_swapping_steps = 0
         self._on_wait = on_wait
         self._device = [[POISON] * setup.block_size for _ in range(setup.num_blocks)]
         self._host = [[POISON] * setup.block_size for _ in range(setup.num_host_blocks)]
@@ -119,7 +131,7 @@ class SimulatedExecutor:
 
     def _run(self, plan: StepPlan, fresh: list[int]) -> StepResult:
         self._may_read_poison = self._failed_at == plan.step_id - 1  # launched before that was known; of no use now
-        self._num_left = self._faults.num_done.get(plan.step_id - self._first_step, -1)
+        self._num_left = self._planned_failure(plan)
         try:
             return self._carry_out(plan, fresh)
         except PlannedFailureError:
@@ -134,6 +146,14 @@ class SimulatedExecutor:
         for src, dst in zip(pairs[::2], written, strict=True):
             self._count_operation()
             destination[dst][:] = source[src]
+
+    def _planned_failure(self, plan: StepPlan) -> int:
+        """After how many operations the step fails; -1: it does not."""
+        num_done = self._faults.num_done.get(plan.step_id - self._first_step, -1)
+        if plan.swapped:
+            num_done = self._faults.num_done_of_swaps.get(self._num_swapping_steps, num_done)
+            self._num_swapping_steps += 1
+        return num_done
 
     def _carry_out(self, plan: StepPlan, fresh: list[int]) -> StepResult:
         data: list[int] = plan.buffer[: plan.used].tolist()
@@ -197,6 +217,14 @@ class SimulatedExecutor:
             contexts.append(fake_model.context_of(entries))
         require(data[starts + num_real_rows] == num_real_tokens, "tokens belong to no row")
         return contexts
+
+    def _check_contents(self, table: list[int], token_ids: array[int], num_computed: int) -> None:
+        """Tokens that are said to be computed have their K/V in the blocks that are said to hold it."""
+        before, block_size = ROOT, self._setup.block_size
+        for position in range(min(num_computed, len(token_ids)) // block_size * block_size):
+            before = fake_model.entry(before, token_ids[position], position)
+            held = self._device[table[position // block_size]][position % block_size]
+            require(held == before, f"a block is registered without the K/V of its tokens, at position {position}")
 
     def _input_id(self, token_id: int) -> int:
         """The token to compute; behind a step that failed, what the device holds of an older one."""

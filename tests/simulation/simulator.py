@@ -21,14 +21,13 @@ from tests.simulation.invariants import Invariants
 from tests.simulation.scenario import (
     STEP_SECONDS,
     Arrival,
-    BadLogits,
     Cancel,
     ClockJump,
+    Fault,
     NoRoom,
     Scenario,
     Setup,
     Shutdown,
-    StepFailure,
     StopString,
     TimedEvent,
 )
@@ -62,8 +61,7 @@ class Simulation:
         events = scenario.events
         self._events = sorted((e for e in events if isinstance(e, TimedEvent)), key=lambda event: event.at)
         self._no_room = [fault for fault in events if isinstance(fault, NoRoom)]
-        self._failures = [fault for fault in events if isinstance(fault, StepFailure)]
-        self._bad_logits = [fault for fault in events if isinstance(fault, BadLogits)]
+        self._faults = ExecutorFaults.of(fault for fault in events if isinstance(fault, Fault))
         self._blocks = WatchedBlocks(
             setup.num_blocks,
             setup.block_size,
@@ -119,7 +117,7 @@ class Simulation:
             self._engine.pin_prefix(list(prefix))
         self._recorder.take()
         self._blocks.arm(self._no_room)
-        self._executor.arm(ExecutorFaults.of(self._failures, self._bad_logits))
+        self._executor.arm(self._faults)
         self._has_begun = True
 
     # ------------------------------------------------------------------ the world
@@ -147,7 +145,7 @@ class Simulation:
         try:
             has_worked = self._thread.turn()
         except EngineDeadError as error:
-            require(len(self._failures) >= MAX_FAILED_STEPS, f"the engine ended by itself: {error}")
+            require(self._faults.num_failures >= MAX_FAILED_STEPS, f"the engine ended by itself: {error}")
             self._close(error)
             return True
         self._drop_finished()
@@ -193,7 +191,7 @@ class Simulation:
             request,
             self._setup.max_model_len,
             self._clock,
-            may_fail=bool(self._failures or self._bad_logits),
+            may_fail=bool(self._faults.num_failures or self._faults.bad_rows),
             shares_prefixes=self._shares_prefixes,
         )
         try:
@@ -262,11 +260,14 @@ class Simulation:
                 require(not is_before, f"{client.request.request_id} overtook {other.request.request_id}")
 
     def _check_books(self, known: list[Client]) -> None:
-        """The engine has the requests that were open before the turn and still are; none of them is late."""
+        """The engine has the requests that were open before the turn and still are, and no others; none of them is late."""
         scheduler = self._scheduler
         num_open = sum(not client.is_finished for client in known)
         num_known = len(scheduler.running) + len(scheduler.waiting) + len(scheduler.preempted)
         require(num_open <= num_known, f"{num_open} requests are open, the engine has {num_known}")
+        names = {client.request.request_id for client in known}
+        for group in (*scheduler.running, *scheduler.preempted):
+            require(group.request_id in names, f"{group.request_id} has ended, and the engine goes on with it")
         for client in self._open.values():
             deadline = client.request.deadline
             require(deadline is None or deadline.at > self.now, f"{client.request.request_id} is late, and goes on")

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
+from pagedcore._core import BlockManager
+from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
+from pagedcore.engine.sequence import Sequence
+from pagedcore.engine.sequence_group import SequenceGroup
 from pagedcore.engine.step_sizes import NO_PADDING
-from pagedcore.engine.swap_space import PreemptionMode
+from pagedcore.engine.swap_space import PreemptionMode, SwapSpace
 from tests.simulation.scenario import Arrival, Event, Scenario, Setup
 from tests.simulation.simulator import simulate
 
@@ -67,3 +71,19 @@ def test_what_the_simulator_found_stays_mended(case: Any) -> None:
     setup, events = case()
     summary = simulate(Scenario(0, setup, tuple(events)))
     assert summary.num_steps > 0
+
+
+def test_nothing_goes_out_behind_what_comes_in_for_the_same_step() -> None:
+    blocks = BlockManager(8, 4, num_host_blocks=8)
+    swap_space = SwapSpace(blocks, PreemptionMode.SWAP, 0.0)
+    params = SamplingParams()
+    groups = [SequenceGroup(Sequence(i, Request(str(i), [1] * 8, params), 16, frozenset(), 0)) for i in range(2)]
+    for group in groups:
+        blocks.add(group.lead.seq_id)
+        assert blocks.grow(group.lead.seq_id, 8, 0)
+    first, second = groups
+    assert swap_space.swap_out(first) and swap_space.take() is not None
+    assert swap_space.swap_in(first)
+    assert not swap_space.swap_out(second)
+    assert swap_space.take() is not None
+    assert swap_space.swap_out(second)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pagedcore._core import BlockManager
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 class WatchedBlocks(BlockManager):
     """Keeps a book of its own of the sequences that have a table. Every request for blocks has a number, from 0 on.
 
-    `num_refused`: how many of them it refused on order.
+    `num_refused`: how many of them it refused on order. `on_commit` is called with a table, its tokens and how many of
+    them are said to be computed.
     """
 
     def __init__(self, num_blocks: int, block_size: int, **options: Any) -> None:
@@ -25,6 +28,7 @@ class WatchedBlocks(BlockManager):
         self.on_host: set[int] = set()
         self.fresh_blocks: list[int] = []
         self.num_refused = 0
+        self.on_commit: Callable[[list[int], array[int], int], None] | None = None
         self._refused: frozenset[int] = frozenset()
         self._num_requests = 0
 
@@ -88,6 +92,12 @@ class WatchedBlocks(BlockManager):
         require(num_matched <= max_tokens, f"{num_matched} cached tokens, {max_tokens} wanted at most")
         require(num_matched == len(self.block_table(seq_id)) * self.block_size, "a prefix is not of whole blocks")
         return num_matched
+
+    def commit(self, seq_id: int, token_ids: TokenIds, num_computed: int) -> None:
+        super().commit(seq_id, token_ids, num_computed)
+        if self.on_commit is not None:
+            assert isinstance(token_ids, array)
+            self.on_commit(self.block_table(seq_id), token_ids, num_computed)
 
     def take_fresh_blocks(self) -> list[int]:
         fresh, self.fresh_blocks = self.fresh_blocks, []
