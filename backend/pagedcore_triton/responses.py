@@ -49,10 +49,6 @@ class EngineControl(Protocol):
 
     def end_sequence(self, request_id: str, index: int) -> None: ...
 
-    def let_go_first(self) -> None:
-        """Wait, for a moment at most, as long as the engine needs the interpreter for itself."""
-        ...
-
 
 class SendingLane(Protocol):
     """The part of a sending thread that a stream needs."""

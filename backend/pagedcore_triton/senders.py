@@ -40,7 +40,6 @@ class Lane:
             stream = self._next()
             if stream is None:
                 return
-            self._engine.let_go_first()
             if stream.send_pending(merge=bool(self._first or self._rest), engine=self._engine):
                 self._line_up(stream)
 

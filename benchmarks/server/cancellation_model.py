@@ -48,9 +48,6 @@ class TokenSource:
             self._log.write(f"{request_id} {time.monotonic()}\n")
             stream.push(TokenOutput(request_id, 0, [], FinishReason.ABORT, request_finished=True))
 
-    def let_go_first(self) -> None:
-        """It has nothing to do of its own."""
-
     def end_sequence(self, request_id: str, index: int) -> None:
         """No stop strings here."""
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pagedcore.engine.executor import Executor, PendingStep
-from pagedcore.engine.host_turn import HostTurn
 from pagedcore.engine.outputs import EngineStats, TokenOutput
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
@@ -59,7 +58,6 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.limits = limits
-        self.host_turn = HostTurn()
         self._executor = executor
         self._one_step_ahead = one_step_ahead
         self._seed = seed
@@ -182,8 +180,7 @@ class Engine:
     def _commit(self, launched: tuple[StepPlan, PendingStep]) -> list[TokenOutput]:
         plan, pending = launched
         try:
-            with self.host_turn.handed_over():
-                result = pending.wait()
+            result = pending.wait()
         except EngineDeadError:
             raise
         except Exception as error:  # whatever it is, it is scoped to this step's requests

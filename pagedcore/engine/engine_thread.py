@@ -122,10 +122,6 @@ class EngineThread:
         """End one sequence of a request; unless it ends on its own before that, its last output has the reason STOP."""
         self._post_unless_dead(_EndSequence(request_id, index))
 
-    def let_go_first(self) -> None:
-        """Wait until the engine thread waits for its device, two milliseconds at most. For threads that send what it made."""
-        self._engine.host_turn.wait()
-
     def _post_unless_dead(self, item: _Abort | _EndSequence) -> None:
         with self._lock:
             if self._closed:
@@ -201,7 +197,6 @@ class EngineThread:
             logger.exception("the engine stopped")
             self.close(error)
         finally:
-            self._engine.host_turn.end()
             self.close()
 
     def turn(self) -> bool:
@@ -214,10 +209,7 @@ class EngineThread:
         self._progress_at = self._clock()
         self._busy = self._engine.has_work()
         if self._busy:
-            self._engine.host_turn.begin()
             self._deliver(self._engine.step())
-        else:
-            self._engine.host_turn.end()
         return self._busy
 
     def expire_due(self) -> None:

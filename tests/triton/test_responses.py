@@ -84,9 +84,6 @@ class RecordingEngine:
         if stream := self.streams.pop(request_id, None):
             stream.push(TokenOutput(request_id, 0, [], FinishReason.ABORT))
 
-    def let_go_first(self) -> None:
-        """It has nothing to do of its own."""
-
     def end_sequence(self, request_id: str, index: int) -> None:
         self.ended.append((request_id, index))
         self.streams[request_id].push(TokenOutput(request_id, index, [], FinishReason.STOP))
