@@ -18,13 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 GPU_STATUS = ROOT / "docs" / "gpu-status.md"
-_SECTION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_SECTION = re.compile(r"(<!-- table: (\w+)(?:, only (.*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def render(name: str) -> str:
-    """The Markdown table of one result file: a line per figure, a column per peer."""
+def number(value: float) -> str:
+    """Without a fraction, or, small, with three digits."""
+    return f"{value:,.0f}" if value >= 20 else f"{value:.3g}"
+
+
+def render(name: str, only: str | None = None) -> str:
+    """The Markdown table of one result file: a line per figure (those that end with `only`), a column per peer."""
     record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = record["rows"]
+    rows: list[dict[str, Any]] = [row for row in record["rows"] if only is None or row["name"].endswith(only)]
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     lines = [
         "| | pagedcore | " + " | ".join(f"against {peer}" for peer in peers) + " |",
@@ -33,15 +38,17 @@ def render(name: str) -> str:
     for figure in dict.fromkeys(row["name"] for row in rows):
         own = {row["peer"]: row for row in rows if row["name"] == figure}
         first = next(iter(own.values()))
-        cells = [f"{own[peer]['ratio']:.2f}x ({own[peer]['peer_value']:,.0f})" if peer in own else "" for peer in peers]
-        lines.append(f"| {figure} | {first['value']:,.0f} {first['unit']} | " + " | ".join(cells) + " |")
+        cells = [
+            f"{own[peer]['ratio']:.2f}x ({number(own[peer]['peer_value'])})" if peer in own else "" for peer in peers
+        ]
+        lines.append(f"| {figure} | {number(first['value'])} {first['unit']} | " + " | ".join(cells) + " |")
     source = f"{record['machine']}; {record['notes']}. Commit {record['commit']}, `{record['command']}`."
     return "\n".join(lines) + f"\n\n{source}\n"
 
 
 def rewritten(text: str) -> str:
     """`text` with every marked table made anew."""
-    return _SECTION.sub(lambda match: match[1] + render(match[2]) + match[4], text)
+    return _SECTION.sub(lambda match: match[1] + render(match[2], match[3]) + match[5], text)
 
 
 def unknown_figures(text: str) -> list[str]:
