@@ -127,9 +127,14 @@ def _weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{index} cannot be read: {type(error).__name__}: {error}") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ConfigError(
+                    f"{index}: weight_map must name safetensors files of this folder, got {ascii(name)[:64]}"
+                )
         files = [folder / name for name in names]
         absent = [file.name for file in files if not file.is_file()]
         if absent:

@@ -14,7 +14,7 @@ from pagedcore.errors import ConfigError
 from pagedcore.layers.linear import Placement, RowLinear
 from pagedcore.models.causal_lm import CausalLM
 from pagedcore.models.config import ModelConfig
-from pagedcore.models.loader import load_model
+from pagedcore.models.loader import _weight_files, load_model
 from tests.models import tiny
 from tests.reference.paged import PagedModel
 
@@ -174,3 +174,10 @@ def test_random_layers_differ_from_each_other(tmp_path: Path) -> None:
     packed = [linear.packed.data for linear in linears if linear.packed is not None]
     assert len(packed) == 6
     assert not torch.equal(packed[1], packed[3])
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "sub/a.safetensors", "a.bin", "..", 7])
+def test_an_index_names_files_of_its_folder_only(name: object, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(ConfigError, match=r"weight_map must name safetensors files of this folder, got"):
+        _weight_files(tmp_path)
