@@ -32,9 +32,8 @@ def violations(path: Path) -> list[str]:
         function = node.func
         if isinstance(function, ast.Name) and function.id in CALLS:
             found.append(f"line {node.lineno}: {function.id}()")
-        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
-            if (function.value.id, function.attr) in ATTRIBUTES:
-                found.append(f"line {node.lineno}: {function.value.id}.{function.attr}()")
+        if ast.unparse(function) in ATTRIBUTES:
+            found.append(f"line {node.lineno}: {ast.unparse(function)}()")
         for keyword in node.keywords:
             if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and not (
                 isinstance(keyword.value, ast.Constant) and keyword.value.value is False
