@@ -28,6 +28,7 @@ from pagedcore_triton.metric_families import (
     gauges,
     histograms,
 )
+from pagedcore_triton.server_lock import ServerLock
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,18 @@ class Metrics:
         self._refused[reason] += 1
 
     def _run(self) -> None:
+        # A model that is loaded anew begins before the one it replaces has ended. Of two metrics with equal labels, Triton
+        # deletes what both stand for with the first, and crashes with the next use of the other.
+        lock = ServerLock(*(f"{name}={value}" for name, value in sorted(self._source.labels.items())))
+        while not lock.try_acquire():
+            if self._stopping.wait(PERIOD_SECONDS):
+                return
+        try:
+            self._serve()
+        finally:
+            lock.release()
+
+    def _serve(self) -> None:
         try:
             self._create()
         except pb_utils.TritonModelException as error:

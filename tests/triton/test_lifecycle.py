@@ -151,6 +151,26 @@ def test_unloading_and_loading_again(explicit: TritonServer) -> None:
     wait_until(lambda: "kv_blocks" not in metrics_text(explicit.metrics_url))
 
 
+def test_a_loaded_model_is_loaded_anew_with_other_arguments(explicit: TritonServer) -> None:
+    """The new one begins before the old one has ended; their metrics have the same labels."""
+    inputs = {"text_input": "one two three", "sampling_parameters": json.dumps({"temperature": 0, "max_tokens": 4})}
+    texts = set()
+    for max_num_seqs in (2, 3, 4):
+        write_arguments(explicit.model_repository, max_num_seqs=max_num_seqs)
+        assert control(explicit, "load") is None
+        wait_until(lambda: len(stubs(explicit)) == 1)  # the old one has ended
+        answer = generate(explicit.http_url, inputs)
+        assert answer.error is None
+        texts.add(answer.text)
+        counted = r"^vllm:generation_tokens_total\{.*\} [1-9]"  # by the new one
+        wait_until(lambda: re.search(counted, metrics_text(explicit.metrics_url), re.MULTILINE) is not None)
+        for _ in range(3):
+            assert generate(explicit.http_url, inputs).error is None
+    assert len(texts) == 1
+    assert control(explicit, "unload") is None
+    wait_until(lambda: not stubs(explicit))
+
+
 def test_stopping_the_server_lets_open_streams_finish(tmp_path: Path) -> None:
     """Then nothing of it is left. This server has no metrics, which hinders nothing."""
     server = TritonServer(
