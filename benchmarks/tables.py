@@ -1,8 +1,8 @@
-"""Write the result tables of README.md from benchmarks/results, so that no figure is typed by hand.
+"""Write the result tables of README.md and docs/reliability.md from benchmarks/results, so that no figure is typed by hand.
 
 Usage: python benchmarks/tables.py [--check]
 
---check: fail if README.md is not what the results say, or if a table of docs/gpu-status.md, which is laid out by hand, has a
+--check: fail if one of them is not what the results say, or if a table of docs/gpu-status.md, which is laid out by hand, has a
 figure with a fraction that none of the results named there has.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md")
 GPU_STATUS = ROOT / "docs" / "gpu-status.md"
 _SECTION = re.compile(r"(<!-- table: (\w+)(?:, only (.*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -38,12 +38,15 @@ def render(name: str, only: str | None = None) -> str:
     for figure in dict.fromkeys(row["name"] for row in rows):
         own = {row["peer"]: row for row in rows if row["name"] == figure}
         first = next(iter(own.values()))
-        cells = [
-            f"{own[peer]['ratio']:.2f}x ({number(own[peer]['peer_value'])})" if peer in own else "" for peer in peers
-        ]
+        cells = [_against(own[peer]) if peer in own else "" for peer in peers]
         lines.append(f"| {figure} | {number(first['value'])} {first['unit']} | " + " | ".join(cells) + " |")
     source = f"{record['machine']}; {record['notes']}. Commit {record['commit']}, `{record['command']}`."
     return "\n".join(lines) + f"\n\n{source}\n"
+
+
+def _against(row: dict[str, Any]) -> str:
+    ratio = number(row["ratio"]) if row["ratio"] >= 100 else f"{row['ratio']:.2f}"
+    return f"{ratio}x ({number(row['peer_value'])})"
 
 
 def rewritten(text: str) -> str:
@@ -68,12 +71,11 @@ def unknown_figures(text: str) -> list[str]:
 
 def check() -> list[str]:
     """What is wrong with the documents, a line each."""
-    text = README.read_text(encoding="utf-8")
-    stale = (
-        ["README.md differs from benchmarks/results: run python benchmarks/tables.py"]
-        if rewritten(text) != text
-        else []
-    )
+    stale = [
+        f"{page.relative_to(ROOT)} differs from benchmarks/results: run python benchmarks/tables.py"
+        for page in PAGES
+        if rewritten(text := page.read_text(encoding="utf-8")) != text
+    ]
     figures = unknown_figures(GPU_STATUS.read_text(encoding="utf-8"))
     return stale + [f"docs/gpu-status.md: {figure} is in none of the results that it names" for figure in figures]
 
@@ -83,7 +85,8 @@ def main() -> int:
         problems = check()
         print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
         return int(bool(problems))
-    README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

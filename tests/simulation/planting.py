@@ -10,8 +10,9 @@ import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pybind11
@@ -64,17 +65,15 @@ def _different(old: Any, new: Any, module_name: str) -> Iterator[tuple[Any, str,
             yield old, name, original, function
 
 
-def _code_of(value: Any) -> Any:
+def _code_of(value: Any) -> tuple[Any, ...] | None:
+    """What a function does, apart from where it stands; None for anything else."""
     function = value.fget if isinstance(value, property) else value
-    if not isinstance(function, FunctionType):
-        return None
-    code = function.__code__
-    return (
-        code.co_code,
-        code.co_names,
-        [repr(constant) for constant in code.co_consts if not inspect.iscode(constant)],
-        [constant.co_code for constant in code.co_consts if inspect.iscode(constant)],
-    )
+    return _comparable(function.__code__) if isinstance(function, FunctionType) else None
+
+
+def _comparable(code: CodeType) -> tuple[Any, ...]:
+    constants = [_comparable(value) if inspect.iscode(value) else repr(value) for value in code.co_consts]
+    return code.co_code, code.co_names, constants
 
 
 class NativeMutants:
@@ -114,6 +113,10 @@ class NativeMutants:
         with ThreadPoolExecutor(2) as pool:
             sources.append(switch)
             objects = [source.with_suffix(".o") for source in sources]
-            compile_one = lambda pair: subprocess.run([*command, "-c", pair[0], "-o", pair[1]], check=True)  # noqa: E731
-            list(pool.map(compile_one, zip(sources, objects, strict=True)))
+            compile_one = partial(_compile, command)
+            list(pool.map(compile_one, sources, objects))
         subprocess.run(["g++", "-shared", *objects, "-o", self.path], check=True)
+
+
+def _compile(command: list[str], source: Path, target: Path) -> None:
+    subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
