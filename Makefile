@@ -1,7 +1,7 @@
-# make serve | install | test | check | sim | bench | paper | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
+# make serve | install | test | check | sim | bench | paper | paper-gpu | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve install test check sim bench paper asan cuda clean setup-serve setup-test setup-bench
+.PHONY: help setup serve install test check sim bench paper paper-gpu asan cuda clean setup-serve setup-test setup-bench
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
@@ -34,6 +34,7 @@ help:
 	@echo "make sim     the engine in a simulated world, $(SEEDS) seeds (SEEDS= ARGS='--seconds 60'); a failing one is made small and shown"
 	@echo "make bench   the CPU benchmarks, written to benchmarks/results"
 	@echo "make paper   the PagedAttention paper's experiments that need no GPU, written to docs/paper.md"
+	@echo "make paper-gpu  those that need one, part by part in at most 9 minutes (ARGS='--part fig12 --minutes 5'); 'make paper' draws them"
 	@echo "make asan    block manager and kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make cuda    compile the CUDA kernels, which needs nvcc and no GPU; 'make test CUDA=ON ARGS=\"-m gpu\"' runs their tests on one"
 	@echo "make setup   only what the others need: .venv (PYTHON= TORCH= CUDA=ON|OFF), tritonserver and the default model"
@@ -77,6 +78,9 @@ bench: setup-bench
 
 paper: setup-bench
 	$(VENV_BIN)/python benchmarks/paper/main.py
+
+paper-gpu: setup-bench
+	$(VENV_BIN)/python -m benchmarks.paper.gpu $(ARGS)
 
 # The instrumented modules live in a tree of their own, put before site-packages by -S, which leaves out .pth files.
 ASAN_TREE := build/asan/tree

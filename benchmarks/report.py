@@ -34,18 +34,31 @@ def row(name: str, value: float, unit: str, peer: str, peer_value: float, *, hig
     return Row(name, round(value, 4), unit, peer, round(peer_value, 4), round(ratio, 3))
 
 
-def write(name: str, rows: list[Row], notes: str = "", commit: str | None = None) -> Path:
-    """Write benchmarks/results/`name`.json and print its rows. `commit`: what was measured; None: the current one."""
+@dataclass(frozen=True)
+class Source:
+    """Where figures come from."""
+
+    machine: str
+    date: str
+    commit: str
+    command: str
+
+
+def source(commit: str | None = None) -> Source:
+    """This machine, today, the running script and what it measures; None: the commit that is checked out."""
+    command = "python " + shlex.join([*_program(), *sys.argv[1:]])
+    return Source(machine(), today(), current_commit() if commit is None else commit, command)
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+def write(name: str, rows: list[Row], notes: str = "", measured: Source | None = None) -> Path:
+    """Write benchmarks/results/`name`.json and print its rows. `measured`: where and when; None: here and now."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "machine": machine(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": current_commit() if commit is None else commit,
-        "command": "python " + shlex.join([*_program(), *sys.argv[1:]]),
-        "notes": notes,
-        "rows": [asdict(entry) for entry in rows],
-    }
+    record = asdict(measured or source()) | {"notes": notes, "rows": [asdict(entry) for entry in rows]}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     width = max(len(entry.name) for entry in rows)
     for entry in rows:

@@ -16,15 +16,16 @@ from benchmarks.paper.step_time import (
     HARDWARE_LIMIT,
     OPT_13B,
     OPT_175B,
+    TimeModel,
     paper_system,
     step_time,
 )
 from benchmarks.paper.workloads import (
     ALPACA,
     SHAREGPT,
+    TRANSLATION,
     BeamTrace,
     ChatTrace,
-    LogNormalLengths,
     PlainTrace,
     SharedPrefixTrace,
     Trace,
@@ -50,8 +51,6 @@ BEAMS_GUESS = {
     6: {"paged": 8.0, "orca_oracle": 4.0, "orca_pow2": 2.7, "orca_max": 0.7},
 }
 CHAT_GUESS = {"paged": 0.9, "paged_cached": 0.9, "orca_oracle": 0.6, "orca_pow2": 0.6, "orca_max": 0.6}
-# English-German sentence pairs: the paper does not give their lengths; these are a choice.
-TRANSLATION = LogNormalLengths("translation", 35.0, 40.0, prompt_sigma=0.5, output_sigma=0.5)
 FIGURE_14_BEAMS = 2.3  # against Orca (Oracle), with beams of six (section 6.3)
 FIGURE_16 = {80: 1.67, 341: 3.58}
 
@@ -62,8 +61,11 @@ def opt_175b(policy: str) -> SimulationConfig:
     return SimulationConfig(policy, time, OPT_175B.num_slots, max_num_seqs=512)
 
 
-def sweeps() -> dict[tuple[str, ...], Sweep]:
-    """All runs of this file, by what they are for; the last part of a key is the system."""
+def sweeps(gpu_time: TimeModel | None) -> dict[tuple[str, ...], Sweep]:
+    """All runs of this file, by what they are for; the last part of a key is the system.
+
+    `gpu_time`: the step times of a GPU, where they have been measured.
+    """
     fastest = step_time(OPT_13B, A100_40GB, HARDWARE_LIMIT)
     found: dict[tuple[str, ...], Sweep] = {}
 
@@ -74,9 +76,11 @@ def sweeps() -> dict[tuple[str, ...], Sweep]:
     for policy in POLICIES:
         sharegpt = SHAREGPT_GUESS[policy]
         add(("fig 12", "ShareGPT", policy), opt_13b(policy), PlainTrace(SHAREGPT), sharegpt, 1200)
-        add(("fastest", policy), opt_13b(policy, fastest), PlainTrace(SHAREGPT), 1.6 * sharegpt, 600)
+        add(("fastest", policy), opt_13b(policy, fastest), PlainTrace(SHAREGPT), 1.6 * sharegpt, 400)
+        if gpu_time is not None:
+            add(("gpu steps", policy), opt_13b(policy, gpu_time), PlainTrace(SHAREGPT), 1.8 * sharegpt, 400)
         add(("fig 12", "Alpaca", policy), opt_13b(policy), PlainTrace(ALPACA), ALPACA_GUESS[policy], 300)
-        add(("large", policy), opt_175b(policy), PlainTrace(ALPACA), LARGE_GUESS[policy], 300)
+        add(("large", policy), opt_175b(policy), PlainTrace(ALPACA), LARGE_GUESS[policy], 200)
     for method, make_trace, all_guesses in (("samples", PlainTrace, SAMPLES_GUESS), ("beams", BeamTrace, BEAMS_GUESS)):
         for width, guesses in all_guesses.items():
             for policy, guess in guesses.items():
@@ -90,7 +94,7 @@ def sweeps() -> dict[tuple[str, ...], Sweep]:
     for name, guess in CHAT_GUESS.items():
         policy = name.removesuffix("_cached")
         config = replace(opt_13b(policy), enable_prefix_caching=policy != name)
-        add(("fig 17", name), config, ChatTrace(SHAREGPT), guess, 900)
+        add(("fig 17", name), config, ChatTrace(SHAREGPT), guess, 600)
     return found
 
 
@@ -136,6 +140,18 @@ def figure_12(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
     for title, curves in panels.items():
         rows += _gains(f"fig 12: {title}", curves)
     return rows + _gains("fig 12 on faster steps: ShareGPT, OPT-13B", _curves(points, "fastest"))
+
+
+def on_gpu_steps(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:
+    """Figure 12 with the step times measured on a GPU; nothing where there are none."""
+    curves = _curves(points, "gpu steps")
+    if not curves:
+        return []
+    with plots.figure("gpu_steps", size=(4.4, 3.0)) as (axis,):
+        plots.latency_curves(axis, curves)
+        axis.set_title("ShareGPT (simulated on measured steps)")
+        axis.legend()
+    return _gains("gpu steps: ShareGPT", curves)
 
 
 def figure_14(points: dict[tuple[str, ...], list[Point]]) -> list[report.Row]:

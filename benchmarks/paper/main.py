@@ -1,5 +1,7 @@
 """Reproduce the PagedAttention paper's experiments that need no GPU: pictures, benchmarks/results/paper.json, docs/paper.md.
 
+What was measured on a GPU (benchmarks/data/paper_gpu, by `make paper-gpu`) is drawn as well: benchmarks/results/paper_gpu.json.
+
 Usage: python benchmarks/paper/main.py
 """
 
@@ -12,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import report
-from benchmarks.paper import latency, memory, page, shapes, sharing
+from benchmarks.paper import gpu_figures, latency, memory, page, shapes, sharing
+from benchmarks.paper.gpu.step_times import step_time_of
 from benchmarks.paper.runs import run_sweeps
 
 NOTES = (
@@ -23,7 +26,9 @@ NOTES = (
 
 def main() -> None:
     begin = time.monotonic()
-    sweeps = memory.sweeps() | latency.sweeps() | sharing.sweeps()
+    measured = gpu_figures.records()
+    gpu_time = step_time_of(measured["steps"]) if "steps" in measured else None
+    sweeps = memory.sweeps() | latency.sweeps(gpu_time) | sharing.sweeps()
     points = dict(zip(sweeps, run_sweeps(list(sweeps.values())), strict=True))
     rows = (
         shapes.step_times()
@@ -42,6 +47,7 @@ def main() -> None:
     )
     rows += latency.figure_16(points) + latency.figure_17(points)
     report.write("paper", rows, NOTES)
+    gpu_figures.write(measured, latency.on_gpu_steps(points))
     page.write()
     print(f"{time.monotonic() - begin:.0f} s")
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.report import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "paper.md"
+_NOTHING = "Not measured yet.\n"
 _SECTION = re.compile(r"(<!-- rows: ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -42,13 +43,33 @@ def render(rows: list[dict[str, Any]], prefix: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _source(record: dict[str, Any]) -> str:
+    return f"{record['machine']}. Commit {record['commit']}, `{record['command']}`, {record['date']}.\n"
+
+
+def _gpu_section(rows: list[dict[str, Any]], name: str) -> str:
+    if not any(row["name"].startswith(name + ":") for row in rows):
+        return _NOTHING
+    picture = f"paper/{name.replace('gpu fig ', 'gpu_fig').replace('gpu ', 'gpu_')}.png"
+    return f"![{name.removeprefix('gpu ')}]({picture})\n\n{render(rows, name)}"
+
+
 def rewritten(text: str) -> str:
-    """`text` with every marked table made anew."""
+    """`text` with every marked section made anew; those of the GPU hold their picture, and say when there is nothing yet."""
     record = json.loads((RESULTS / "paper.json").read_text(encoding="utf-8"))
-    source = f"\n{record['machine']}. Commit {record['commit']}, `{record['command']}`, {record['date']}.\n"
+    gpu_file = RESULTS / "paper_gpu.json"
+    gpu = json.loads(gpu_file.read_text(encoding="utf-8")) if gpu_file.exists() else None
 
     def fill(match: re.Match[str]) -> str:
-        body = source.lstrip() if match[2] == "source" else render(record["rows"], match[2])
+        name = match[2]
+        if name == "source":
+            body = _source(record)
+        elif name == "gpu source":
+            body = _source(gpu) if gpu is not None else _NOTHING
+        elif name.startswith("gpu "):
+            body = _gpu_section(gpu["rows"] if gpu is not None else [], name)
+        else:
+            body = render(record["rows"], name)
         return match[1] + body + match[4]
 
     return _SECTION.sub(fill, text)

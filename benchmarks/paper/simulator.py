@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.paper.beam_replay import with_recorded_beams
 from benchmarks.paper.memory_use import MemoryUse, PagedWaste, anyone_waits, measure, measure_waste, output_len
-from benchmarks.paper.step_time import StepTime
-from benchmarks.paper.workloads import END_TOKEN, FILLER_TOKEN, FIRST_FREE_TOKEN, MAX_MODEL_LEN, TraceRequest
+from benchmarks.paper.step_time import TimeModel
+from benchmarks.paper.workloads import END_TOKEN, FILLER_TOKEN, MAX_MODEL_LEN, TraceRequest
 from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.memory_policy import MemoryPolicy
@@ -21,7 +22,6 @@ from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan,
 from pagedcore.engine.step_sizes import NO_PADDING
 
 _VOCAB_SIZE = 2**31 - 1
-_UNLIKELY = -1e6  # below what beams can add up to
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SimulationConfig:
     """
 
     policy: str
-    step_time: StepTime
+    step_time: TimeModel
     num_slots: int
     block_size: int = 16
     max_num_seqs: int = 256
@@ -181,25 +181,7 @@ class ClockExecutor:
         token_ids = np.array(drawn, dtype=np.int32)
         if not plan.beam_rows:
             return _Done(StepResult(token_ids))
-        return _Done(self._draw_beams(plan, token_ids))
-
-    def _draw_beams(self, plan: StepPlan, token_ids: Int32Array) -> StepResult:
-        """Candidates of which the search takes the recorded ones: the new beam of rank i comes to a log probability of -i."""
-        most = max(plan.sequences[row].group.width for row in plan.beam_rows)
-        top_ids = np.tile(FIRST_FREE_TOKEN + np.arange(most, dtype=np.int32), (len(token_ids), 1))
-        top_logprobs = np.full((len(token_ids), most), _UNLIKELY, dtype=np.float32)
-        for row in plan.beam_rows:
-            beam = plan.sequences[row]
-            if plan.step_id < beam.valid_from:
-                continue  # beams that are computed again have their first tokens in common: nothing is drawn behind those
-            group = beam.group
-            rank = group.sequences.index(beam)
-            step = beam.num_output_tokens
-            parents = self.beam_parents[group.request_id][step - 1] if step else [0] * group.width
-            for new_rank, parent in enumerate(parents):
-                if parent == rank:
-                    top_logprobs[row, new_rank] = rank - new_rank
-        return StepResult(token_ids, top_logprobs=top_logprobs, top_token_ids=top_ids)
+        return _Done(with_recorded_beams(plan, StepResult(token_ids), self.beam_parents))
 
     def shutdown(self) -> None:
         """Nothing to release."""

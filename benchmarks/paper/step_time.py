@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from benchmarks.paper.workloads import ALPACA, SHAREGPT, LogNormalLengths
 
@@ -44,6 +45,14 @@ class Efficiency:
     weights: float
     arithmetic: float
     attention: float
+
+
+class TimeModel(Protocol):
+    """How long a step takes."""
+
+    def seconds(self, num_tokens: int, num_context_tokens: int) -> float:
+        """For a step that computes and attends to so many tokens, in seconds."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,8 @@ class PublishedLengths:
 
 SHAREGPT = LogNormalLengths("ShareGPT", 161.31, 337.99, prompt_sigma=1.1, output_sigma=0.84)
 ALPACA = LogNormalLengths("Alpaca", 19.31, 58.45, prompt_sigma=0.5, output_sigma=0.84)
+# English-German sentence pairs: the paper does not give their lengths; these are a choice.
+TRANSLATION = LogNormalLengths("translation", 35.0, 40.0, prompt_sigma=0.5, output_sigma=0.5)
 AZURE = PublishedLengths("Azure conversations", "azure_conversations.csv.gz")
 SHAREGPT_8K = PublishedLengths("ShareGPT 8k (multi-turn)", "sharegpt_8k.csv.gz")
 MOONCAKE = PublishedLengths("Mooncake conversations", "mooncake_conversations.csv.gz")
