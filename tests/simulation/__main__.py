@@ -52,7 +52,7 @@ def record(first: int, tally: Tally, seconds: float, commit: str) -> None:
     notes = (
         f"seeds from {first} on; every invariant looked at after every turn of the engine's loop; not one seed failed"
     )
-    report.write("sim", rows, notes, commit=commit)
+    report.write("sim", rows, notes, measured=report.source(commit))
 
 
 def run_many(first: int, num_seeds: int, seconds: float, *, wants_record: bool) -> int:
