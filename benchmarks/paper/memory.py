@@ -34,6 +34,7 @@ LOADS = {"ShareGPT": (SHAREGPT, 2.0, 1800.0), "Alpaca": (ALPACA, 30.0, 600.0)}
 PUBLISHED = {"Azure": (AZURE, 2.0), "ShareGPT 8k": (SHAREGPT_8K, 2.0), "Mooncake": (MOONCAKE, 2.0)}
 BLOCK_SIZE = 16
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+WASTE_RATES = (1.5, 1.7, 1.8, 1.9, 2.0)  # requests/s: from a queue that is mostly empty to one that never is
 # Shares of the pool that admission leaves free.
 MARGINS = (0.0, 0.005, 0.01, 0.02, 0.04)
 CAUSES = ("last_block", "ahead", "margin", "returning", "new")
@@ -83,12 +84,14 @@ def sweeps() -> dict[tuple[str, ...], Sweep]:
             )
     for size in BLOCK_SIZES:
         config = opt_13b("paged", block_size=size, with_memory=True)
-        found["block size", str(size)] = Sweep(config, PlainTrace(SHAREGPT), (2.0,), 600.0)
+        found["block size", str(size)] = Sweep(config, PlainTrace(SHAREGPT), (2.0,), 900.0)
+    for rate in WASTE_RATES:
+        found["rate", str(rate)] = Sweep(opt_13b("paged", with_memory=True), PlainTrace(SHAREGPT), (rate,), 1800.0)
     for margin in MARGINS:
         config = replace(opt_13b("paged", with_memory=True), watermark=margin)
-        found["margin", str(margin)] = Sweep(config, PlainTrace(SHAREGPT), (2.0,), 600.0)
+        found["margin", str(margin)] = Sweep(config, PlainTrace(SHAREGPT), (2.0,), 900.0)
     cached = replace(opt_13b("paged", with_memory=True), enable_prefix_caching=True)
-    found[("prefix cache",)] = Sweep(cached, PlainTrace(SHAREGPT), (2.0,), 600.0)
+    found[("prefix cache",)] = Sweep(cached, PlainTrace(SHAREGPT), (2.0,), 900.0)
     for policy in ("paged", "orca_max"):
         for limit in BATCH_LIMITS if policy == "paged" else BATCH_LIMITS[:4]:
             config = opt_13b(policy, max_num_seqs=limit)
@@ -177,6 +180,10 @@ def waste_by_cause(points: dict[tuple[str, ...], list[Point]]) -> list[report.Ro
     revived = 100 * cached.revived_slots / (cached.memory.total - cached.memory.idle)
     held = sum(waste_percent(cached).values())
     add("waste by cause: all, where K/V that preempted requests find again counts", held - revived, "%", "held", held)
+    for rate in WASTE_RATES:
+        result = points["rate", str(rate)][0].result
+        waits = f"{100 * result.saturated:.0f} % of the time a request waits"
+        add(f"waste by rate: {rate:g} requests/s ({waits})", sum(waste_percent(result).values()), "%", "target", 2.0)
     default = points["margin", str(SchedulerConfig.watermark)][0].result
     for margin in MARGINS:
         result = points["margin", str(margin)][0].result
