@@ -75,7 +75,7 @@ def sweeps(gpu_time: TimeModel | None) -> dict[tuple[str, ...], Sweep]:
 
     for policy in POLICIES:
         sharegpt = SHAREGPT_GUESS[policy]
-        add(("fig 12", "ShareGPT", policy), opt_13b(policy), PlainTrace(SHAREGPT), sharegpt, 1200)
+        add(("fig 12", "ShareGPT", policy), opt_13b(policy), PlainTrace(SHAREGPT), sharegpt, 900)
         add(("fastest", policy), opt_13b(policy, fastest), PlainTrace(SHAREGPT), 1.6 * sharegpt, 400)
         if gpu_time is not None:
             add(("gpu steps", policy), opt_13b(policy, gpu_time), PlainTrace(SHAREGPT), 1.8 * sharegpt, 400)
@@ -85,12 +85,12 @@ def sweeps(gpu_time: TimeModel | None) -> dict[tuple[str, ...], Sweep]:
         for width, guesses in all_guesses.items():
             for policy, guess in guesses.items():
                 config = replace(opt_13b(policy), max_num_seqs=512)
-                add(("fig 14", method, str(width), policy), config, make_trace(ALPACA, width), guess, 150)
+                add(("fig 14", method, str(width), policy), config, make_trace(ALPACA, width), guess, 100)
     for prefix_len, guesses in PREFIX_GUESS.items():
         trace = SharedPrefixTrace(TRANSLATION, prefix_len)
         for policy, guess in guesses.items():
             config = replace(opt_13b(policy), enable_prefix_caching=policy == "paged")
-            add(("fig 16", str(prefix_len), policy), config, trace, guess, 200)
+            add(("fig 16", str(prefix_len), policy), config, trace, guess, 120)
     for name, guess in CHAT_GUESS.items():
         policy = name.removesuffix("_cached")
         config = replace(opt_13b(policy), enable_prefix_caching=policy != name)

@@ -34,9 +34,9 @@ LOADS = {"ShareGPT": (SHAREGPT, 2.0, 1800.0), "Alpaca": (ALPACA, 30.0, 600.0)}
 PUBLISHED = {"Azure": (AZURE, 2.0), "ShareGPT 8k": (SHAREGPT_8K, 2.0), "Mooncake": (MOONCAKE, 2.0)}
 BLOCK_SIZE = 16
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-WASTE_RATES = (1.5, 1.7, 1.8, 1.9, 2.0)  # requests/s: from a queue that is mostly empty to one that never is
+WASTE_RATES = (1.5, 1.8, 1.9, 2.0)  # requests/s: from a queue that is mostly empty to one that never is
 # Shares of the pool that admission leaves free.
-MARGINS = (0.0, 0.005, 0.01, 0.02, 0.04)
+MARGINS = (0.0, 0.01, 0.04)
 CAUSES = ("last_block", "ahead", "margin", "returning", "new")
 CAUSE_NAMES = (
     "empty slots of last blocks",

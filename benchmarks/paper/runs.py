@@ -57,11 +57,11 @@ def run_sweep(sweep: Sweep) -> list[Point]:
 
 
 def run_sweeps(sweeps: list[Sweep]) -> list[list[Point]]:
-    """Every sweep's points, in the order of the sweeps; those that simulate most are begun first."""
-    order = sorted(range(len(sweeps)), key=lambda at: -sum(sweeps[at].rates) * sweeps[at].seconds)
+    """Every sweep's points, in the order of the sweeps. Equal ones run once; those that simulate most are begun first."""
+    order = sorted(set(sweeps), key=lambda sweep: -sum(sweep.rates) * sweep.seconds)
     with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        points = dict(zip(order, pool.map(run_sweep, [sweeps[at] for at in order], chunksize=1), strict=True))
-    return [points[at] for at in range(len(sweeps))]
+        points = dict(zip(order, pool.map(run_sweep, order, chunksize=1), strict=True))
+    return [points[sweep] for sweep in sweeps]
 
 
 def sustained_rate(points: list[Point], latency: float) -> float:

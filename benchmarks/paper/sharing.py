@@ -18,7 +18,7 @@ PAPER = {
     ("ShareGPT", "beam search"): (44.3, None, 66.3),
 }
 # Requests/s at width 1, below what the engine sustains, and seconds of the traces.
-LOADS = {"Alpaca": (ALPACA, 24.0, 150.0), "ShareGPT": (SHAREGPT, 1.5, 1200.0)}
+LOADS = {"Alpaca": (ALPACA, 24.0, 150.0), "ShareGPT": (SHAREGPT, 1.5, 800.0)}
 
 
 def sweeps() -> dict[tuple[str, ...], Sweep]:

@@ -95,6 +95,14 @@ def test_parts_are_measured_resumed_and_drawn(tmp_path: Path, monkeypatch: pytes
     assert step_time_of(again["steps"]).seconds(64, 4000) > 0
 
 
+def test_a_part_that_fails_is_told_and_the_others_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "steps.json").write_text("no JSON", encoding="utf-8")
+    with pytest.raises(SystemExit, match="failed: steps"):
+        call(tmp_path, monkeypatch, "steps", "fig18a", minutes=0.5)
+    (tmp_path / "steps.json").unlink()
+    assert len(gpu_figures.records(tmp_path)["fig18a"].points) == 8 + 9
+
+
 def _values_of(record: Record) -> dict[str, object]:
     points = [{"key": point.key, "values": point.values} for point in record.points]
     return {"part": record.part, "shape": record.shape, "source": vars(record.source), "points": points}

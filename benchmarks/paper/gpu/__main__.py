@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,38 +22,54 @@ from benchmarks import report
 from benchmarks.paper.gpu import kernels, rates, step_times
 from benchmarks.paper.gpu.panels import PANELS
 from benchmarks.paper.gpu.record import FOLDER, Recorder, TimeBox
-from benchmarks.paper.gpu.serving import SHAPES, Server
+from benchmarks.paper.gpu.serving import SHAPES, Server, free_memory
 
 PARTS = ("fig18a", "steps", "fig12", "fig14", "fig17", "fig16", "fig19", "fig18b")
 LLAMA_PARTS = ("fig16",)  # the paper's model there
 TINY_SLOTS = 15_700  # on a CPU: the largest of any panel's
 
 
-def run(part: str, arguments: argparse.Namespace, server: Server | None, box: TimeBox) -> Server | None:
-    """One part; returns the server, which the next part of the same shape uses."""
+class ServerSlot:
+    """Room for one model on the device; parts of the same shape share what is in it."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._server: Server | None = None
+
+    def get(self, shape: str) -> Server:
+        """A server of this shape: the one that is there, or a new one in its place."""
+        if self._server is None or self._server.shape != shape:
+            self.clear()
+            self._server = Server(shape, self._device, num_slots=None if self._device == "cuda" else TINY_SLOTS)
+        return self._server
+
+    def clear(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+        free_memory()
+
+
+def run(part: str, arguments: argparse.Namespace, slot: ServerSlot, box: TimeBox) -> None:
+    """Measure one part, as far as there is time."""
     device = arguments.device
     shape = arguments.shape or ("llama13b" if part in LLAMA_PARTS else "opt13b")
     source = replace(report.source(arguments.commit), command=command())
     recorder = Recorder(arguments.out, part, shape, source, resume=not arguments.fresh)
     kernel_shape = shape if shape in kernels.SHAPES else "opt13b"
-    needs_server = part == "steps" or part in PANELS
-    if server is not None and (not needs_server or server.shape != shape):
-        server.shutdown()
-        server = None
-    if needs_server and server is None:
-        server = Server(shape, device, num_slots=None if device == "cuda" else TINY_SLOTS)
-    if part == "fig18a":
-        kernels.attention(kernel_shape, device, recorder, box)
-    elif part == "fig18b":
-        rates.block_sizes(recorder, shape, device, box, arguments.scale)
-    elif part == "fig19":
-        kernels.moves(kernel_shape, device, recorder, box)
-        rates.preemption(recorder, shape, device, box, arguments.scale, 8.0 if device == "cuda" else 0.25)
-    elif server is not None and part == "steps":
-        step_times.measure(server, recorder, box)
-    elif server is not None:
-        rates.panels_of(part, recorder, server, box, arguments.scale)
-    return server
+    if part == "steps":
+        step_times.measure(slot.get(shape), recorder, box)
+    elif part in PANELS:
+        rates.panels_of(part, recorder, slot.get(shape), box, arguments.scale)
+    else:
+        slot.clear()
+        if part == "fig18a":
+            kernels.attention(kernel_shape, device, recorder, box)
+        elif part == "fig18b":
+            rates.block_sizes(recorder, shape, device, box, arguments.scale)
+        else:
+            kernels.moves(kernel_shape, device, recorder, box)
+            rates.preemption(recorder, shape, device, box, arguments.scale, 8.0 if device == "cuda" else 0.25)
 
 
 def command() -> str:
@@ -71,13 +88,21 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
     arguments = parser.parse_args()
     box = TimeBox(60 * arguments.minutes)
-    server: Server | None = None
+    slot = ServerSlot(arguments.device)
+    failed = []
     for part in arguments.part or PARTS:
         if not box.has(0.0):
             break
-        server = run(part, arguments, server, box)
-    if server is not None:
-        server.shutdown()
+        try:
+            run(part, arguments, slot, box)
+        except Exception:  # time on the device is dear: the other parts are measured all the same
+            traceback.print_exc()
+            failed.append(part)
+        if failed:
+            slot.clear()  # whatever state it is in
+    slot.clear()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

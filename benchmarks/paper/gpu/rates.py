@@ -83,9 +83,11 @@ def block_sizes(recorder: Recorder, shape: str, device: str, box: TimeBox, scale
         if all(recorder.record.find(*key) is not None for key in keys) or not box.has(30.0 * scale + 15.0):
             continue
         server = Server(shape, device, block_size=size, num_slots=PAPER_SLOTS)
-        for panel in panels:
-            saturate(recorder, server, panel, panel.systems[0], box, f"blocks of {size}")
-        server.shutdown()
+        try:
+            for panel in panels:
+                saturate(recorder, server, panel, panel.systems[0], box, f"blocks of {size}")
+        finally:
+            server.shutdown()
 
 
 def preemption(recorder: Recorder, shape: str, device: str, box: TimeBox, scale: float, swap_space: float) -> None:
@@ -97,7 +99,9 @@ def preemption(recorder: Recorder, shape: str, device: str, box: TimeBox, scale:
         if all(recorder.record.find(*key) is not None for key in keys) or not box.has(40.0 * scale + 15.0):
             continue
         server = Server(shape, device, block_size=size, num_slots=PAPER_SLOTS, swap_space=swap_space)
-        for mode in modes:
-            system = replace(panel.systems[0], preemption_mode=mode)
-            saturate(recorder, server, panel, system, box, f"blocks of {size}", mode.value)
-        server.shutdown()
+        try:
+            for mode in modes:
+                system = replace(panel.systems[0], preemption_mode=mode)
+                saturate(recorder, server, panel, system, box, f"blocks of {size}", mode.value)
+        finally:
+            server.shutdown()

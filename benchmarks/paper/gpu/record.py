@@ -63,7 +63,7 @@ class Recorder:
         for earlier in (self._path, FOLDER / self._path.name):
             if resume and earlier.exists():
                 found = Record.load(earlier)
-                if (found.shape, found.source.machine) == (shape, source.machine):
+                if (found.shape, _gpu(found.source)) == (shape, _gpu(source)):
                     self.record.points = found.points
                     break
 
@@ -77,3 +77,8 @@ class Recorder:
         os.replace(draft, self._path)
         print(" | ".join(key), " ".join(f"{name}={value:g}" for name, value in point.values.items()), flush=True)
         return point
+
+
+def _gpu(source: Source) -> str:
+    """The GPU of a machine and its driver; of a machine without one, the machine."""
+    return source.machine.rpartition("; ")[2]

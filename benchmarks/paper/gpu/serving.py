@@ -91,6 +91,13 @@ class Live:
     preemptions: int
 
 
+def free_memory() -> None:
+    """Let go of device memory that no object has any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Server:
     """A model with random weights of a published shape, and the executor that runs it."""
 
@@ -155,9 +162,7 @@ class Server:
         """Give the memory of the device back, so that another model fits; the server is of no use after that."""
         self.executor.shutdown()
         del self.executor
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         self._folder.cleanup()
 
 
