@@ -12,10 +12,8 @@ Needs neither git nor matplotlib.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import report
@@ -54,7 +52,7 @@ def run(part: str, arguments: argparse.Namespace, slot: ServerSlot, box: TimeBox
     """Measure one part, as far as there is time."""
     device = arguments.device
     shape = arguments.shape or ("llama13b" if part in LLAMA_PARTS else "opt13b")
-    source = replace(report.source(arguments.commit), command=command())
+    source = report.source(arguments.commit)
     recorder = Recorder(arguments.out, part, shape, source, resume=not arguments.fresh)
     kernel_shape = shape if shape in kernels.SHAPES else "opt13b"
     if part == "steps":
@@ -70,10 +68,6 @@ def run(part: str, arguments: argparse.Namespace, slot: ServerSlot, box: TimeBox
         else:
             kernels.moves(kernel_shape, device, recorder, box)
             rates.preemption(recorder, shape, device, box, arguments.scale, 8.0 if device == "cuda" else 0.25)
-
-
-def command() -> str:
-    return "python -m benchmarks.paper.gpu " + shlex.join(sys.argv[1:])
 
 
 def main() -> None:
