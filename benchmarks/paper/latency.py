@@ -85,7 +85,7 @@ def sweeps(gpu_time: TimeModel | None) -> dict[tuple[str, ...], Sweep]:
         for width, guesses in all_guesses.items():
             for policy, guess in guesses.items():
                 config = replace(opt_13b(policy), max_num_seqs=512)
-                add(("fig 14", method, str(width), policy), config, make_trace(ALPACA, width), guess, 100)
+                add(("fig 14", method, str(width), policy), config, make_trace(ALPACA, width), guess, 240)
     for prefix_len, guesses in PREFIX_GUESS.items():
         trace = SharedPrefixTrace(TRANSLATION, prefix_len)
         for policy, guess in guesses.items():
