@@ -154,6 +154,7 @@ def test_unloading_and_loading_again(explicit: TritonServer) -> None:
 def test_a_loaded_model_is_loaded_anew_with_other_arguments(explicit: TritonServer) -> None:
     """The new one begins before the old one has ended; their metrics have the same labels."""
     inputs = {"text_input": "one two three", "sampling_parameters": json.dumps({"temperature": 0, "max_tokens": 4})}
+    counted = re.compile(r"^vllm:generation_tokens_total\{.*\} [1-9]", re.MULTILINE)  # by the new one
     texts = set()
     for max_num_seqs in (2, 3, 4):
         write_arguments(explicit.model_repository, max_num_seqs=max_num_seqs)
@@ -162,8 +163,7 @@ def test_a_loaded_model_is_loaded_anew_with_other_arguments(explicit: TritonServ
         answer = generate(explicit.http_url, inputs)
         assert answer.error is None
         texts.add(answer.text)
-        counted = r"^vllm:generation_tokens_total\{.*\} [1-9]"  # by the new one
-        wait_until(lambda: re.search(counted, metrics_text(explicit.metrics_url), re.MULTILINE) is not None)
+        wait_until(lambda: counted.search(metrics_text(explicit.metrics_url)) is not None)
         for _ in range(3):
             assert generate(explicit.http_url, inputs).error is None
     assert len(texts) == 1
