@@ -69,9 +69,16 @@ def sweeps(gpu_time: TimeModel | None) -> dict[tuple[str, ...], Sweep]:
     fastest = step_time(OPT_13B, A100_40GB, HARDWARE_LIMIT)
     found: dict[tuple[str, ...], Sweep] = {}
 
-    def add(key: tuple[str, ...], config: SimulationConfig, trace: Trace, guess: float, seconds: float) -> None:
+    def add(
+        key: tuple[str, ...],
+        config: SimulationConfig,
+        trace: Trace,
+        guess: float,
+        seconds: float,
+        limit: float = LIMIT,
+    ) -> None:
         rates = tuple(round(guess * multiple, 3) for multiple in MULTIPLES)
-        found[key] = Sweep(config, trace, rates, seconds, LIMIT)
+        found[key] = Sweep(config, trace, rates, seconds, limit)
 
     for policy in POLICIES:
         sharegpt = SHAREGPT_GUESS[policy]
@@ -85,7 +92,7 @@ def sweeps(gpu_time: TimeModel | None) -> dict[tuple[str, ...], Sweep]:
         for width, guesses in all_guesses.items():
             for policy, guess in guesses.items():
                 config = replace(opt_13b(policy), max_num_seqs=512)
-                add(("fig 14", method, str(width), policy), config, make_trace(ALPACA, width), guess, 240)
+                add(("fig 14", method, str(width), policy), config, make_trace(ALPACA, width), guess, 240, LIMIT / 2)
     for prefix_len, guesses in PREFIX_GUESS.items():
         trace = SharedPrefixTrace(TRANSLATION, prefix_len)
         for policy, guess in guesses.items():

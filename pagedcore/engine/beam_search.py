@@ -52,7 +52,7 @@ class BeamSearch:
         self._params = params
         self._num_prompt_tokens = first.num_prompt_tokens
         self._max_total_tokens = first.max_total_tokens
-        self._stop_token_ids = np.array(sorted(first.stop_token_ids), np.int32)
+        self._stops = first.stop_token_ids
         self._logprobs = np.zeros(1, np.float32)  # of the open beams
         self._candidates: dict[int, tuple[Int32Array, FloatArray]] = {}  # by sequence id
 
@@ -72,7 +72,7 @@ class BeamSearch:
         """The continuations that are the next beams, best first; none when the search has ended."""
         chosen = self._rank(beams)
         length = len(beams[0].token_ids) + 1
-        is_stop = np.isin([continuation.token_id for continuation in chosen], self._stop_token_ids).tolist()
+        is_stop = [continuation.token_id in self._stops for continuation in chosen]
         at_end = length >= self._max_total_tokens
         for continuation, stops in zip(chosen[: self.width], is_stop, strict=False):
             if stops or at_end:
@@ -87,16 +87,16 @@ class BeamSearch:
     def _rank(self, beams: list[Sequence]) -> list[Continuation]:
         """The candidates of all beams, best first: as many as can matter. Takes them out of `_candidates`."""
         reported = [self._candidates.pop(beam.seq_id) for beam in beams]
-        token_ids = np.stack([ids for ids, _ in reported])
-        logprobs = np.stack([values for _, values in reported]) + self._logprobs[:, None]
-        if len(beams[0].token_ids) - self._num_prompt_tokens < self._params.min_tokens:
-            logprobs[np.isin(token_ids, self._stop_token_ids)] = -np.inf
-        flat = logprobs.reshape(-1)
-        order = np.argsort(-flat, kind="stable")[: self.width * (1 + len(self._stop_token_ids))]
+        token_ids = np.concatenate([ids for ids, _ in reported])
+        logprobs = np.concatenate([values for _, values in reported])
+        logprobs += np.repeat(self._logprobs, self.num_candidates)
+        if self._stops and len(beams[0].token_ids) - self._num_prompt_tokens < self._params.min_tokens:
+            logprobs[np.isin(token_ids, list(self._stops))] = -np.inf
+        order = np.argsort(-logprobs, kind="stable")[: self.width * (1 + len(self._stops))]
         return [
-            Continuation(int(at) // self.num_candidates, int(token_ids.reshape(-1)[at]), flat[at])
-            for at in order
-            if flat[at] > -np.inf
+            Continuation(at // self.num_candidates, token_id, logprob)
+            for at, token_id, logprob in zip(order.tolist(), token_ids[order].tolist(), logprobs[order], strict=True)
+            if logprob > -np.inf
         ]
 
     def _end(self, beam: Sequence, continuation: Continuation, reason: FinishReason) -> None:
