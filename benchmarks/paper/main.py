@@ -25,7 +25,7 @@ NOTES = (
 
 
 def main() -> None:
-    begin = time.monotonic()
+    begin, source = time.monotonic(), report.source()  # before the pictures change the tree
     measured = gpu_figures.records()
     gpu_time = step_time_of(measured["steps"]) if "steps" in measured else None
     sweeps = memory.sweeps() | latency.sweeps(gpu_time) | sharing.sweeps()
@@ -46,7 +46,7 @@ def main() -> None:
         + sharing.figure_15(points)
     )
     rows += latency.figure_16(points) + latency.figure_17(points)
-    report.write("paper", rows, NOTES)
+    report.write("paper", rows, NOTES, source)
     gpu_figures.write(measured, latency.on_gpu_steps(points))
     page.write()
     print(f"{time.monotonic() - begin:.0f} s")
