@@ -26,10 +26,14 @@ class Load:
 
 
 class _Stream:
+    """A client inside the process. Counts the tokens it gets."""
+
     def __init__(self, engine: EngineThread, prompt: list[int], output_tokens: int, count: int, name: str) -> None:
         self._engine, self._prompt, self._tokens, self._name = engine, prompt, output_tokens, name
         self._left = count
         self._sent = 0.0
+        self._waits = True
+        self.num_tokens = 0
         self.first: list[float] = []
         self.ended = threading.Event()
 
@@ -47,6 +51,7 @@ class _Stream:
         if self._waits:
             self.first.append(time.perf_counter() - self._sent)
             self._waits = False
+        self.num_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self.start()
 
@@ -62,7 +67,7 @@ def engine_load(engine: EngineThread, prompt: list[int], streams: int, rounds: i
         client.ended.wait()
     seconds = time.perf_counter() - begin
     first = statistics.median(wait for client in clients for wait in client.first)
-    return Load(streams * rounds * output_tokens / seconds, first * 1e3, 1.0)
+    return Load(sum(client.num_tokens for client in clients) / seconds, first * 1e3, 1.0)
 
 
 def server_load(
@@ -85,7 +90,8 @@ def server_load(
     if result.returncode:
         raise RuntimeError(f"perf_analyzer failed:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}")
     requests = json.loads(export.read_text(encoding="utf-8"))["experiments"][0]["requests"]
-    requests = [request for request in requests if request["response_timestamps"]]
+    if len(requests) < streams * rounds or not all(request["response_timestamps"] for request in requests):
+        raise RuntimeError(f"{len(requests)} of {streams * rounds} requests were answered")
     seconds = (max(r["response_timestamps"][-1] for r in requests) - min(r["timestamp"] for r in requests)) / 1e9
     first = statistics.median(r["response_timestamps"][0] - r["timestamp"] for r in requests) / 1e6
     merged = statistics.median(output_tokens / len(r["response_timestamps"]) for r in requests)

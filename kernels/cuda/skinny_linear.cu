@@ -17,6 +17,7 @@ constexpr int kTileRows = 16;    // of W: m of mma.m16n8k16, and the rows of a b
 constexpr int kBoxColumns = 64;  // along k: 128 bytes, the width of the swizzle
 constexpr int kMaxTokens = 32;
 constexpr int kRingBytes = 192 << 10;
+constexpr int kMaxSharedBytes = 227 << 10;  // of a thread block on the devices that this is made for
 
 template <int kRowTileCount, int kTokenCount>
 struct Skinny {
@@ -37,6 +38,7 @@ struct Skinny {
   static constexpr int kSumBytes = kSlices * kTokens * kSumPitch * static_cast<int>(sizeof(float));
   static constexpr int kAlignment = 1024;
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + kStages * 16 + kAlignment;
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 struct SkinnyMaps {
@@ -283,11 +285,14 @@ void require(bool condition, const char* field, const char* rule, int64_t value)
 
 }  // namespace
 
-bool has_skinny_linear() { return device_info().has_dependent_launch; }
+bool has_skinny_linear() {
+  return device_info().has_dependent_launch && device_info().max_shared_bytes >= kMaxSharedBytes;
+}
 
 void skinny_linear(const SkinnyLinear& a, Stream stream) {
   if (a.num_tokens == 0) return;
-  require(has_skinny_linear(), "compute capability", "9.0 or higher, in code built for it", 0);
+  require(has_skinny_linear(), "shared memory of a thread block", "227 KB, with code built for 9.0 or higher",
+          device_info().max_shared_bytes);
   require(a.num_tokens <= kMaxTokens, "the number of rows", "at most 32", a.num_tokens);
   require(a.in_features % kBoxColumns == 0, "in_features", "a multiple of 64", a.in_features);
   require(a.x_row_stride % 8 == 0, "the distance of x's rows", "a multiple of 8", a.x_row_stride);

@@ -109,6 +109,11 @@ class Header(NamedTuple):
     num_swap_outs: int = 0
     num_swap_ins: int = 0
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row computes one token. Padded sizes do not tell: they can be equal where rows compute none."""
+        return self.max_query_len == 1 and self.num_real_tokens == self.num_real_rows
+
 
 @dataclass(frozen=True)
 class Swaps:

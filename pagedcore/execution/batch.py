@@ -25,7 +25,7 @@ class BatchInputs:
     @property
     def is_decode(self) -> bool:
         """Whether every row computes one token, so that the step's shape is its number of rows."""
-        return self.header.max_query_len == 1 and self.header.num_tokens == self.header.num_rows
+        return self.header.is_decode
 
     @property
     def positions(self) -> torch.Tensor:

@@ -187,10 +187,10 @@ class CudaExecutor:
         for num_tokens in reversed(self.step_sizes.prefill_tokens):
             self._run_padding(1, num_tokens, 0)
             for num_rows in self.step_sizes.prefill_rows:
-                self._step.capture(num_tokens, num_rows, num_tokens, pool)
+                self._step.capture(num_tokens, num_rows, False, pool)
         for num_rows in reversed(self.step_sizes.decode_rows):
             self._run_padding(num_rows, 1, 1)
-            self._step.capture(num_rows, num_rows, 1, pool)
+            self._step.capture(num_rows, num_rows, True, pool)
         after, _ = torch.cuda.mem_get_info(self._device)
         self.memory: MemoryPlan = plan.with_graphs(before - after)
 
@@ -203,7 +203,7 @@ class CudaExecutor:
         packed[layout.query_start_loc : layout.seq_lens] = torch.arange(num_rows + 1) * query_len
         packed[layout.seq_lens : layout.block_tables] = seq_len
         self._step.inputs.upload(packed)
-        self._step.forward(num_tokens, num_rows, query_len)
+        self._step.forward(num_tokens, num_rows, query_len, query_len == 1)
         torch.cuda.current_stream().synchronize()
 
     def step_buffers(self) -> list[Int32Array]:

@@ -88,41 +88,35 @@ class CudaStep:
     def run(self, header: Header) -> None:
         """Compute the uploaded step: logits of each row's last token, and `inputs.last_token_ids`."""
         self._kv_cache.prepare(self.inputs.packed, header)
-        num_tokens, num_rows = header.num_tokens, header.num_rows
-        graph = self._graphs.get((num_tokens, num_rows, _is_decode(num_tokens, num_rows, header.max_query_len)))
+        graph = self._graphs.get((header.num_tokens, header.num_rows, header.is_decode))
         if graph is not None:
             graph.replay()
         else:
-            self.forward(num_tokens, num_rows, header.max_query_len)
+            self.forward(header.num_tokens, header.num_rows, header.max_query_len, header.is_decode)
 
-    def capture(self, num_tokens: int, num_rows: int, max_query_len: int, pool: Any) -> None:
+    def capture(self, num_tokens: int, num_rows: int, is_decode: bool, pool: Any) -> None:
         """Capture steps of this size on the current stream; one of as many tokens must have run before.
 
-        max_query_len: 1 for decode steps; above 1, the graph serves rows of any lengths. Graphs of one `pool`, which never run
-        at the same time, share their memory.
+        Where it is not of decode steps, the graph serves rows of any lengths, also of none. Graphs of one `pool`, which never
+        run at the same time, share their memory.
         """
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        self.forward(num_tokens, num_rows, max_query_len)
+        self.forward(num_tokens, num_rows, 1 if is_decode else num_tokens, is_decode)
         graph.capture_end()
-        self._graphs[num_tokens, num_rows, _is_decode(num_tokens, num_rows, max_query_len)] = graph
+        self._graphs[num_tokens, num_rows, is_decode] = graph
 
-    def forward(self, num_tokens: int, num_rows: int, max_query_len: int) -> None:
+    def forward(self, num_tokens: int, num_rows: int, max_query_len: int, is_decode: bool) -> None:
         """From the packed buffer to the drawn tokens. The arguments alone decide what is launched, and on which addresses."""
         inputs, buffers = self.inputs, self._buffers
         inputs.unpack(num_tokens, num_rows)
         attention, ends = inputs.attention(num_tokens, num_rows, max_query_len, self._workspace)
         self._model.embed(inputs.token_ids[:num_tokens], attention.positions, buffers)
         self._model(attention, self._kv_cache.layers, buffers.for_tokens(num_tokens))
-        if _is_decode(num_tokens, num_rows, max_query_len):
+        if is_decode:
             last = buffers.for_decode(num_rows)
         else:
             buffers.gather_last(ends - 1)
             last = buffers.for_rows(num_rows)
         self._model.head(last)
         ops.sample(last.logits, inputs.sampling[:num_rows], inputs.last_token_ids[:num_rows])
-
-
-def _is_decode(num_tokens: int, num_rows: int, max_query_len: int) -> bool:
-    """Whether every row has one token, so that the tokens are the rows."""
-    return max_query_len == 1 and num_tokens == num_rows

@@ -108,8 +108,9 @@ def packed_linear(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, skinny: bool | None = None) -> Tensor:
     """y = x W^T (+ bias), accumulated in float32, on a GPU: by a kernel of our own where that is faster than cuBLAS.
 
-    x: [num_tokens, in_features], rows may be strided. weight: [out_features, in_features]. bias: [out_features].
-    out: [num_tokens, out_features], of x's dtype or, without a bias, float32. skinny: whether to use our own kernel (up to 32
+    x: [num_tokens, in_features], rows may be strided. weight: [out_features, in_features], which is read before the kernels
+    ahead have ended: none of ours may write it. bias: [out_features]. out: [num_tokens, out_features], of x's dtype or, without a
+    bias, float32. skinny: whether to use our own kernel (up to 32
     rows), whatever is faster. Returns out.
     """
     num_tokens, in_features = x.shape
@@ -141,8 +142,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, skinn
 def gated_linear(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """y = silu(x W1^T) * (x W2^T) in one kernel on a GPU, W1 and W2 the halves of W; False, and nothing done, where it has none.
 
-    x: [num_tokens, in_features], rows may be strided. weight: [2 * size, in_features]. out: [num_tokens, size]. All of one
-    dtype. The results are those of `linear` and `silu_and_mul`, each operation rounded (SwiGLU, Shazeer 2020, equation 6).
+    x: [num_tokens, in_features], rows may be strided. weight: [2 * size, in_features], read early as in `linear`.
+    out: [num_tokens, size]. All of one dtype. The results are those of `linear` by our own kernel and `silu_and_mul`, each
+    operation rounded (SwiGLU, Shazeer 2020, equation 6).
     """
     (num_tokens, in_features), dtype = x.shape, x.dtype
     if not (
@@ -166,7 +168,7 @@ def _skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
 
 
 def _is_skinny(x: Tensor, out_features: int) -> bool:
-    """Whether `skinny_linear` takes these sizes; it is then the faster one (ADR 0007)."""
+    """Whether `skinny_linear` takes these sizes. It is the faster one or as fast at all that were measured (ADR 0007)."""
     return (
         len(x) <= MAX_SKINNY_ROWS
         and x.dtype is not torch.float32

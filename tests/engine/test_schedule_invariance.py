@@ -14,6 +14,7 @@ from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler
 from pagedcore.engine.scheduler_config import SchedulerConfig
 from pagedcore.engine.sequence import FinishReason
+from pagedcore.engine.step_plan import Header
 from pagedcore.engine.step_sizes import NO_PADDING, StepSizes
 from pagedcore.engine.swap_space import PreemptionMode
 from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError
@@ -301,3 +302,20 @@ def test_a_request_that_needs_the_whole_pool_runs() -> None:
     others = make_requests(7, 6)
     arrivals = [(0, other) for other in others] + [(1, request)]
     assert run(engine, blocks, arrivals) == expected([*others, request])
+
+
+def test_a_step_whose_rows_share_one_token_is_none_of_decodes() -> None:
+    """However many rows and tokens it has with its padding: its rows draw from the token that one of them computes."""
+    engine, _, _ = make_engine(step_sizes=StepSizes((8,), (8,), (8,)))
+    params = SamplingParams(temperature=1.0, seed=1, n=6, max_tokens=4, ignore_eos=True)
+    engine.add_request(Request("a", [5], params))
+    plan = engine.scheduler.schedule()
+    assert plan is not None
+    header = Header(*plan.buffer[: len(Header._fields)].tolist())
+    assert (header.num_tokens, header.num_rows, header.max_query_len) == (8, 8, 1)
+    assert plan.num_scheduled_tokens == [1, 0, 0, 0, 0, 0] and not header.is_decode
+    engine, _, _ = make_engine(step_sizes=StepSizes((8,), (8,), (8,)))
+    for name in "abc":
+        engine.add_request(Request(name, [5], SamplingParams(max_tokens=4)))
+    plan = engine.scheduler.schedule()
+    assert plan is not None and Header(*plan.buffer[: len(Header._fields)].tolist()).is_decode

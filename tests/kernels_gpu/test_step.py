@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagedcore import ops
+from pagedcore import _kernels, ops
 from pagedcore.engine.step_plan import HEADER_SIZE, NUM_SAMPLING_COLUMNS, Header, StepLayout
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda")
 )
 @pytest.mark.parametrize(
     ("out_features", "in_features"),
-    [(16, 64), (48, 576), (6144, 4096), (4096, 14336), (1024, 3072), (2144, 320), (49152, 576)],
+    [(16, 64), (48, 576), (6144, 4096), (4096, 14336), (1024, 3072), (2144, 320), (2160, 64), (50272, 128)],
 )
 def test_linear_is_as_exact_as_its_dtype(
     out_features: int, in_features: int, num_tokens: int, skinny: bool | None, dtype: torch.dtype
@@ -31,6 +31,10 @@ def test_linear_is_as_exact_as_its_dtype(
     x = wide[:, :in_features]
     exact = x.double() @ weight.double().t()
     rounding = torch.finfo(dtype).eps
+    if skinny and not _kernels.cuda.has_skinny_linear():
+        with pytest.raises(ValueError, match=r"skinny_linear: .* must be 227 KB, with code built for 9\.0 or higher"):
+            ops.linear(x, weight, None, torch.empty(num_tokens, out_features, device=DEVICE, dtype=dtype), skinny=True)
+        skinny = None
     for out_dtype, with_bias in ((dtype, False), (dtype, True), (torch.float32, False)):
         out = torch.full((num_tokens, out_features), torch.nan, device=DEVICE, dtype=out_dtype)
         again = torch.full_like(out, torch.nan)
@@ -50,6 +54,9 @@ def test_gates_are_applied_as_in_two_steps(size: int, in_features: int, num_toke
     x = torch.randn(num_tokens, in_features, device=DEVICE, dtype=dtype)
     weight = torch.randn(2 * size, in_features, device=DEVICE, dtype=dtype) / in_features**0.5
     out = torch.full((num_tokens, size), torch.nan, device=DEVICE, dtype=dtype)
+    if not _kernels.cuda.has_skinny_linear():
+        assert not ops.gated_linear(x, weight, out)
+        return
     assert ops.gated_linear(x, weight, out)
     gate_up = torch.empty(num_tokens, 2 * size, device=DEVICE, dtype=dtype)
     separate = torch.empty_like(out)
@@ -70,6 +77,7 @@ def test_layers_in_sequence_see_each_other_results(num_tokens: int) -> None:
     norm = torch.ones(size, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(num_tokens, size, device=DEVICE, dtype=torch.bfloat16)
     buffers = [torch.empty_like(x) for _ in range(3)]
+    gate_up = torch.empty(num_tokens, 2 * size, device=DEVICE, dtype=torch.bfloat16)
 
     def chain(synchronize: bool) -> torch.Tensor:
         residual, normed, hidden = buffers
@@ -79,7 +87,8 @@ def test_layers_in_sequence_see_each_other_results(num_tokens: int) -> None:
             ops.rms_norm(hidden, norm, 1e-6, residual, normed)
             if synchronize:
                 torch.cuda.synchronize()
-            assert ops.gated_linear(normed, weight, hidden)
+            if not ops.gated_linear(normed, weight, hidden):
+                ops.silu_and_mul(ops.linear(normed, weight, None, gate_up), hidden)
             if synchronize:
                 torch.cuda.synchronize()
         return residual.clone()
