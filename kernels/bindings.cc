@@ -210,6 +210,12 @@ UnpackStep unpack_step(Address packed, Address last_token_ids, Address token_ids
           table_stride};
 }
 
+EnqueueStep enqueue_step(Address packed, Address host_packed, I64 packed_bytes, Address graph, Address host_tokens,
+                         Address tokens, I64 token_bytes, Address event) {
+  return {at<void>(packed),      at<const void>(host_packed), packed_bytes, at<void>(graph),
+          at<void>(host_tokens), at<const void>(tokens),      token_bytes,  at<void>(event)};
+}
+
 template <class Op, class... Args>
 void bind(py::module_& module, const char* name, Op (*pack)(Args...), void (*kernel)(const Op&, cuda::Stream)) {
   module.def(
@@ -229,6 +235,12 @@ void bind_cuda(py::module_ module) {
   bind(module, "logprobs", logprobs, cuda::logprobs);
   bind(module, "skinny_linear", skinny_linear, cuda::skinny_linear);
   bind(module, "unpack_step", unpack_step, cuda::unpack_step);
+  // Keeps the interpreter lock: it takes microseconds, and the engine thread would get the lock back behind all others.
+  module.def("enqueue_step", [](Address packed, Address host_packed, I64 packed_bytes, Address graph,
+                                Address host_tokens, Address tokens, I64 token_bytes, Address event, Address stream) {
+    cuda::enqueue_step(enqueue_step(packed, host_packed, packed_bytes, graph, host_tokens, tokens, token_bytes, event),
+                       at<void>(stream));
+  });
   module.def("has_skinny_linear", cuda::has_skinny_linear);
   module.def("paged_attention_workspace_bytes", cuda::paged_attention_workspace_bytes);
 }

@@ -167,6 +167,19 @@ struct SkinnyLinear {
   bool is_gated;  // without bias, y_dtype = dtype
 };
 
+// All that it takes to start a captured step: the copy of its inputs to the device, its graph, the copy of what it
+// draws to the host, and the event behind that.
+struct EnqueueStep {
+  void* packed;             // on the device
+  const void* host_packed;  // pinned, as are the tokens' destination
+  int64_t packed_bytes;
+  void* graph;  // cudaGraphExec_t
+  void* host_tokens;
+  const void* tokens;  // on the device
+  int64_t token_bytes;
+  void* event;  // cudaEvent_t
+};
+
 // Spread a step's packed buffer (pagedcore/engine/step_plan.py: StepLayout), as it came from the host, to where the
 // step's kernels read it. The table's width is read from the buffer's header, so one captured launch serves every
 // width.
@@ -218,6 +231,7 @@ void logprobs(const Logprobs&, Stream);
 void skinny_linear(const SkinnyLinear&, Stream);
 bool has_skinny_linear();  // on compute capability 9.0 and later
 void unpack_step(const UnpackStep&, Stream);
+void enqueue_step(const EnqueueStep&, Stream);
 }  // namespace cuda
 #endif
 

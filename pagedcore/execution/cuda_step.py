@@ -85,10 +85,14 @@ class CudaStep:
         self._workspace = workspace
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}  # by tokens, rows, is_decode
 
+    def graph_of(self, header: Header) -> torch.cuda.CUDAGraph | None:
+        """The graph of steps of this size, if there is one."""
+        return self._graphs.get((header.num_tokens, header.num_rows, header.is_decode))
+
     def run(self, header: Header) -> None:
         """Compute the uploaded step: logits of each row's last token, and `inputs.last_token_ids`."""
         self._kv_cache.prepare(self.inputs.packed, header)
-        graph = self._graphs.get((header.num_tokens, header.num_rows, header.is_decode))
+        graph = self.graph_of(header)
         if graph is not None:
             graph.replay()
         else:

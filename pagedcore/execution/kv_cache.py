@@ -46,10 +46,9 @@ class KVCache:
 
         buffer: int32, on the cache's device.
         """
-        outs, ins = block_swaps(buffer, header)
-        if len(outs):
+        if header.num_swap_outs or header.num_swap_ins:
+            outs, ins = block_swaps(buffer, header)
             ops.swap_blocks(self.tensor, self.host, outs)
-        if len(ins):
             ops.swap_blocks(self.host, self.tensor, ins)
         if header.num_copies:
             ops.copy_blocks(self.tensor, block_copies(buffer, header))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pagedcore.ops.border import addresses, fit, refuse, run
+from pagedcore import _kernels
+from pagedcore.ops.border import addresses, fit, refuse, require_cuda, run
 
 
 def unpack_step(
@@ -34,3 +35,33 @@ def unpack_step(
         refuse("unpack_step", rule, **tensors, **outputs, num_tokens=num_tokens, num_rows=num_rows)
     pointers = addresses(packed, last_token_ids, token_ids, block_tables, sampling)
     run("unpack_step", True, *pointers, num_tokens, num_rows, block_tables.shape[1])
+
+
+def enqueue_step(
+    packed: Tensor,
+    host_packed: Tensor,
+    used: int,
+    graph: int,
+    host_tokens: Tensor,
+    tokens: Tensor,
+    num_rows: int,
+    event: int,
+    stream: int,
+) -> None:
+    """Enqueue a captured step on a stream, without giving the interpreter lock up.
+
+    Copies `used` elements of host_packed to packed, launches the graph (a cudaGraphExec_t), copies num_rows of its tokens to
+    host_tokens, and records the event (a cudaEvent_t). All int32, contiguous; the host's tensors are pinned.
+    """
+    if not (
+        used <= min(len(packed), len(host_packed))
+        and num_rows <= min(len(tokens), len(host_tokens))
+        and fit(torch.int32, True, packed, tokens)
+        and fit(torch.int32, False, host_packed, host_tokens)
+    ):
+        tensors = {"packed": packed, "host_packed": host_packed, "host_tokens": host_tokens, "tokens": tokens}
+        rule = "contiguous int32 tensors, two on a GPU and two on the host, that hold the step"
+        refuse("enqueue_step", rule, **tensors, used=used, num_rows=num_rows)
+    require_cuda()
+    targets = (packed.data_ptr(), host_packed.data_ptr(), 4 * used, graph, host_tokens.data_ptr(), tokens.data_ptr())
+    _kernels.cuda.enqueue_step(*targets, 4 * num_rows, event, stream)
