@@ -65,9 +65,7 @@ def measure(folder: Path, asks: bool) -> tuple[float, list[float]]:
     shutil.copy(Path(__file__).with_name("cancellation_model.py"), model / "1" / "model.py")
     (model / "1" / "model.json").write_text(json.dumps({"asks": asks}), encoding="utf-8")
     log = model / "1" / "aborted.log"
-    with TritonServer(
-        model.parent, log_path=folder / f"asks_{asks}.log", extra_args=["--exit-timeout-secs=1"]
-    ) as server:
+    with TritonServer(model.parent, log_path=folder / f"asks_{asks}.log", exit_timeout=1) as server:
         clients = open_streams(server)
         time.sleep(WARM_UP_SECONDS)
         used, begin = cpu_seconds(server), time.monotonic()
