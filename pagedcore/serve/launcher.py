@@ -104,7 +104,7 @@ def _server(options: ServeOptions, repository: Path, installation: TritonInstall
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         log_path=options.log or _log_path(options.http_port),
-        extra_args=[f"--exit-timeout-secs={_EXIT_TIMEOUT_S}"],
+        exit_timeout=_EXIT_TIMEOUT_S,
         installation=installation,
     )
 

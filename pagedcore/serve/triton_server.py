@@ -20,7 +20,7 @@ from pagedcore.serve import guard
 from pagedcore.serve.cache import SetupError, python_executable
 from pagedcore.serve.triton_install import STUB_NAME, TritonInstallation, ensure_tritonserver
 
-_STOP_TIMEOUT_S = 40.0
+_STOP_MARGIN_S = 1.0  # from the end of the server's own patience to its being killed
 _POLL_S = 0.1
 
 
@@ -39,13 +39,15 @@ class TritonServer:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        exit_timeout: int = 15,
         extra_args: Sequence[str] = (),
         log_path: Path | None = None,
         installation: TritonInstallation | None = None,
         ready_timeout: float = 120.0,
     ) -> None:
         """Port 0 means any free port; without `log_path` the log goes to a temporary file; `ready_timeout` in seconds
-        is how long the `with` statement waits."""
+        is how long the `with` statement waits, `exit_timeout` how long stop() lets open requests and streams keep the
+        server."""
         self.model_repository = model_repository
         self.host = host
         self.http_port = http_port or find_free_port(host)
@@ -53,6 +55,7 @@ class TritonServer:
         self.metrics_port = metrics_port or find_free_port(host)
         self.log_path = log_path or Path(tempfile.gettempdir(), f"tritonserver-{uuid.uuid4().hex}.log")
         self.shm_prefix = f"pagedcore_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
+        self._exit_timeout = exit_timeout
         self._extra_args = list(extra_args)
         self._installation = installation
         self._ready_timeout = ready_timeout
@@ -77,7 +80,9 @@ class TritonServer:
         """Start the server; raises SetupError if no tritonserver can be provided."""
         assert self._guard is None, "already started"
         installation = self._installation or ensure_tritonserver()
-        command = [python_executable(), "-IS", guard.__file__, self.shm_prefix, *self._command(installation)]
+        grace = self._exit_timeout + _STOP_MARGIN_S
+        options = [f"--shm-prefix={self.shm_prefix}", f"--grace={grace:g}"]
+        command = [python_executable(), "-IS", guard.__file__, *options, *self._command(installation)]
         with self.log_path.open("wb") as log:
             self._guard = subprocess.Popen(
                 command,
@@ -136,7 +141,7 @@ class TritonServer:
         with contextlib.suppress(BrokenPipeError), self._guard.stdin as stdin:  # broken: the server has ended by itself
             if at_once:
                 stdin.write(b"\n")
-        self._guard.wait(_STOP_TIMEOUT_S)
+        self._guard.wait()  # the guard's patience is bounded
         self._guard = None
 
     def failure_reason(self) -> str:
@@ -174,6 +179,7 @@ class TritonServer:
             f"--grpc-port={self.grpc_port}",
             f"--metrics-address={self.host}",
             f"--metrics-port={self.metrics_port}",
+            f"--exit-timeout-secs={self._exit_timeout}",
             *self._extra_args,
         ]
 

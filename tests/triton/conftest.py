@@ -41,9 +41,7 @@ def write_arguments(repository: Path, **arguments: Any) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("triton")
-    with TritonServer(
-        write_repository(folder), log_path=folder / "tritonserver.log", extra_args=["--exit-timeout-secs=5"]
-    ) as running:
+    with TritonServer(write_repository(folder), log_path=folder / "tritonserver.log", exit_timeout=5) as running:
         yield running
 
 
@@ -60,9 +58,7 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonSer
         max_queue_size=3,
         max_queue_tokens=1500,
     )
-    with TritonServer(
-        repository, log_path=folder / "tritonserver.log", extra_args=["--exit-timeout-secs=5"]
-    ) as running:
+    with TritonServer(repository, log_path=folder / "tritonserver.log", exit_timeout=5) as running:
         yield running
 
 
