@@ -70,7 +70,7 @@ def load_engine(config: EngineConfig, recorder: Recorder | None = None) -> Loade
     except SetupError as error:
         raise ConfigError(str(error)) from error
     model = ModelConfig.from_folder(folder)
-    config = dataclasses.replace(config, device=_device(config.device))
+    config = dataclasses.replace(config, device=_device(config.device, config.device_index))
     max_model_len = _max_model_len(config, model)
     executor_class = CudaExecutor if config.device == "cuda" else LocalExecutor
     executor = executor_class(config, model, folder, max_model_len, _max_batched_tokens(config, max_model_len))
@@ -149,16 +149,20 @@ def _pin_prefixes(config: EngineConfig, engine: Engine, tokenizer: Tokenizer | N
         logger.info("pinned prefixes hold %d of %d blocks", stats.num_pinned_blocks, stats.num_blocks)
 
 
-def _device(asked: str) -> str:
-    if asked == "auto":
-        if torch.cuda.is_available() and not _kernels.has_cuda:
-            logger.warning("there is a GPU, but the kernels were built without CUDA (no nvcc then): running on the CPU")
-        return "cuda" if has_cuda_device() else "cpu"
-    if asked == "cuda" and not has_cuda_device():
+def _device(asked: str, index: int) -> str:
+    if asked == "auto" and torch.cuda.is_available() and not _kernels.has_cuda:
+        logger.warning("there is a GPU, but the kernels were built without CUDA (no nvcc then): running on the CPU")
+    if asked == "cpu" or (asked == "auto" and not has_cuda_device()):
+        return "cpu"
+    if not has_cuda_device():
         raise ConfigError(
             "device must be auto or cpu here, got 'cuda': there is no NVIDIA GPU, or torch or the kernels were built without CUDA"
         )
-    return asked
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device_index must be in [0, {torch.cuda.device_count() - 1}], the GPUs that this process sees, got {index}"
+        )
+    return "cuda"
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

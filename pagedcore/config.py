@@ -26,6 +26,7 @@ class EngineConfig:
     """Everything that shapes an engine. Names and meanings are those of vLLM's engine arguments where it has them.
 
     `None` means: chosen when the engine is built, from the model, the device and its memory.
+    `device_index` (not vLLM's): which one of the GPUs that this process sees.
     `max_queue_size` and `max_queue_tokens` (not vLLM's) bound the requests that wait to be admitted and the prompt tokens of
     these together; what exceeds them is refused at once, except when none waits. 0: no bound.
     `preemption_mode`: what happens to the K/V of a preempted request: "recompute", "swap" to `swap_space` GiB of host memory
@@ -44,6 +45,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    device_index: int = 0
     seed: int = 0
     load_format: str = "auto"
     max_model_len: int | None = None
@@ -87,6 +89,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 self._check_integer(name, 1)
         self._check_integer("max_num_seqs", 1, 4096)
+        self._check_integer("device_index", 0)
         self._check_integer("max_queue_size", 0)
         self._check_integer("max_queue_tokens", 0)
         self._check_integer("max_logprobs", 0, 1000)

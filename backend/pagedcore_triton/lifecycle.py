@@ -14,7 +14,6 @@ from pagedcore.engine.engine_thread import EngineThread
 
 logger = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 5.0  # how long open requests may go on after a signal
 _FLUSH_SECONDS = 5.0
 _PERIOD_SECONDS = 0.2  # between two looks at the engine
 
@@ -29,10 +28,12 @@ class Lifecycle:
     ready, but whoever runs the server sees a process that is gone.
     """
 
-    def __init__(self, engine: EngineThread, flush: Callable[[float], None]) -> None:
-        """`flush` sends what the engine has pushed, within a time in seconds."""
+    def __init__(self, engine: EngineThread, flush: Callable[[float], None], drain_seconds: float) -> None:
+        """`flush` sends what the engine has pushed, within a time in seconds; open requests may go on for `drain_seconds`
+        after a signal."""
         self._engine = engine
         self._flush = flush
+        self._drain_seconds = drain_seconds
         self._reader, self._writer = socket.socketpair()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pagedcore-lifecycle", daemon=True)
@@ -58,8 +59,8 @@ class Lifecycle:
         while not self._stopping.is_set():
             signalled, _, _ = select.select([self._reader], [], [], _PERIOD_SECONDS)
             if signalled:
-                logger.info("draining: open requests may go on for %.0f s", DRAIN_SECONDS)
-                self._engine.drain(DRAIN_SECONDS)
+                logger.info("draining: open requests may go on for %g s", self._drain_seconds)
+                self._engine.drain(self._drain_seconds)
                 return
             if self._engine.failure is not None:
                 logger.critical("its engine has died: %s", self._engine.failure)

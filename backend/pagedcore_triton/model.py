@@ -26,7 +26,8 @@ from pagedcore_triton.json_text import parse_json_object
 from pagedcore_triton.lifecycle import Lifecycle
 from pagedcore_triton.metric_families import INTERNAL
 from pagedcore_triton.metrics import Metrics, MetricsSource
-from pagedcore_triton.protocol import INPUTS, OUTPUTS, InputTensor, OutputDelta, OutputTensor, encode
+from pagedcore_triton.model_config import ServingConfig
+from pagedcore_triton.protocol import INPUTS, OUTPUTS, OutputDelta, OutputTensor, encode
 from pagedcore_triton.requests import GenerateRequest, encode_prompt, parse_request, parse_timeout
 from pagedcore_triton.responses import ErrorCode, ResponseStream, error_of
 from pagedcore_triton.senders import SenderPool
@@ -80,12 +81,12 @@ class TritonPythonModel:
         """Load the engine that model.json describes; raises TritonModelException if it cannot be."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         try:
-            model_config = json.loads(args["model_config"])
-            _check_model_config(model_config)
+            serving = ServingConfig.from_model_config(json.loads(args["model_config"]))
             config = _read_engine_config(Path(args["model_repository"], args["model_version"], "model.json"))
+            config = serving.placed(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
             from pagedcore.build import build_engine  # it loads torch, which a wrong configuration need not wait for
 
-            recorder = Recorder() if _reports_metrics(model_config, config) else None
+            recorder = Recorder() if serving.reports_metrics and not config.disable_log_stats else None
             self._loaded = build_engine(config, recorder)
         except (ConfigError, SetupError) as error:
             raise pb_utils.TritonModelException(str(error)) from error
@@ -96,11 +97,13 @@ class TritonPythonModel:
         self._request_ids = itertools.count()
         self._senders = SenderPool(self._engine)
         self._senders.start()
-        self._lifecycle = Lifecycle(self._engine, self._senders.stop)
+        self._lifecycle = Lifecycle(self._engine, self._senders.stop, serving.drain_seconds)
         self._lifecycle.start()
         self._metrics: Metrics | None = None
         if recorder is not None:
             labels = {"model": args["model_name"], "version": args["model_version"]}
+            if serving.num_instances > 1:
+                labels["instance"] = args["model_instance_name"]
             source = MetricsSource(self._engine.stats, recorder, self._loaded.max_model_len, labels)
             self._metrics = Metrics(source)
             self._metrics.start()
@@ -201,34 +204,6 @@ class TritonPythonModel:
         if self._metrics is not None:
             reason = RefusalReason.INVALID.value if code is ErrorCode.INVALID_ARG else INTERNAL
             self._metrics.count_refused(reason)
-
-
-def _check_model_config(model_config: dict[str, Any]) -> None:
-    """Raise ConfigError for a config.pbtxt under which the engine cannot serve."""
-    if not pb_utils.using_decoupled_model_transaction_policy(model_config):
-        raise ConfigError("config.pbtxt: model_transaction_policy { decoupled: true } is required")
-    count = sum(group["count"] for group in model_config["instance_group"])
-    if count != 1:
-        raise ConfigError(
-            f"config.pbtxt: instance_group must have 1 instance (one engine serves all requests), got {count}"
-        )
-    tables: tuple[tuple[str, Sequence[InputTensor | OutputTensor]], ...] = (("input", INPUTS), ("output", OUTPUTS))
-    for kind, rows in tables:
-        given = {tensor["name"]: (tensor["data_type"], tuple(tensor["dims"])) for tensor in model_config[kind]}
-        for row in rows:
-            found = given.pop(row.name, None)
-            if found != (row.data_type, row.dims):
-                wanted = f"{row.data_type} and dims {list(row.dims)}, or be left out"
-                raise ConfigError(f"config.pbtxt: {kind} {row.name} must have {wanted}, got {found}")
-        if given:
-            names = ", ".join(row.name for row in rows)
-            raise ConfigError(f"config.pbtxt: {kind} must be one of {names}, got {next(iter(given))}")
-
-
-def _reports_metrics(model_config: dict[str, Any], config: EngineConfig) -> bool:
-    """Whether both of vllm_backend's switches are on: the one in config.pbtxt, and the one in model.json."""
-    parameter = model_config["parameters"].get("REPORT_CUSTOM_METRICS", {"string_value": ""})
-    return parameter["string_value"].lower() == "true" and not config.disable_log_stats
 
 
 def _read_engine_config(path: Path) -> EngineConfig:

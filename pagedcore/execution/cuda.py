@@ -124,7 +124,7 @@ class CudaExecutor:
     ) -> None:
         """Load the model from `folder`, allocate all memory and capture the graphs. Raises ConfigError."""
         _check_kernels_serve(model_config, config.block_size)
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._device = torch.device("cuda", config.device_index)
         placement = Placement(cuda_dtype(config.dtype, model_config.dtype), self._device)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(self._stream):

@@ -14,7 +14,7 @@ from pagedcore import ops
 from pagedcore.config import EngineConfig
 from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.sampling_extras import max_extras
-from pagedcore.engine.step_plan import Int32Array, StepLayout, StepPlan, StepResult
+from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan, StepResult
 from pagedcore.engine.step_sizes import NO_PADDING
 from pagedcore.errors import ConfigError
 from pagedcore.execution.batch import InputBuffers
@@ -35,6 +35,7 @@ from pagedcore.models.loader import load_model
 
 # Operations that a processor computes of a prompt in the time in which it copies a byte: about 0.8e12 / 8e9 a second.
 OPERATIONS_PER_SWAPPED_BYTE = 100
+WARM_UP_TOKENS = 256
 NUM_STEP_BUFFERS = 3  # one read by the running step, one launched behind it, one being filled
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -134,6 +135,20 @@ class LocalExecutor:
         self._inbox: queue.SimpleQueue[LocalPendingStep | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run_steps, name="pagedcore-executor", daemon=True)
         self._worker.start()
+        for num_tokens in (min(WARM_UP_TOKENS, max_model_len, max_num_batched_tokens), 1):
+            self._run_padding(num_tokens)
+
+    def _run_padding(self, num_tokens: int) -> None:
+        """Run a step of one sequence that writes nothing, so that what libraries do on first use is done before a request."""
+        layout = StepLayout(num_tokens, 1, 1)
+        header = Header(num_tokens, 1, 1, num_tokens, 1, num_tokens, num_tokens, 0, 0, 0, any_random=0, max_logprobs=-1)
+        packed = torch.zeros(layout.copies, dtype=torch.int32)
+        packed[: len(header)] = torch.tensor(header)
+        packed[layout.slot_mapping : layout.query_start_loc] = -1
+        packed[layout.query_start_loc + 1] = packed[layout.seq_lens] = num_tokens
+        step = LocalPendingStep(packed)
+        self._inbox.put(step)
+        step.wait()
 
     def step_buffers(self) -> list[Int32Array]:
         """Three buffers, each large enough for any step."""

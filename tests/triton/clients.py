@@ -47,7 +47,7 @@ def generate(url: str, body: Mapping[str, Any] | bytes, *, stream: bool = False)
         connection.request("POST", f"/v2/models/{MODEL}/generate{'_stream' if stream else ''}", data)
         response = connection.getresponse()
         content = response.read().decode()
-        code = {200: None, 400: "INVALID_ARG", 500: "INTERNAL", 503: "UNAVAILABLE"}[response.status]
+        code = {200: None, 400: "INVALID_ARG", 404: "NOT_FOUND", 500: "INTERNAL", 503: "UNAVAILABLE"}[response.status]
     finally:
         connection.close()
     events = [json.loads(line.removeprefix("data: ")) for line in content.splitlines() if line]
