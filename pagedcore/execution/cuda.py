@@ -14,7 +14,7 @@ from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan, StepResult
 from pagedcore.engine.step_sizes import NO_PADDING, StepSizes
 from pagedcore.errors import ConfigError, EngineDeadError
-from pagedcore.execution.cuda_step import CudaInputs, CudaStep
+from pagedcore.execution.cuda_step import CapturedStep, CudaInputs, CudaStep
 from pagedcore.execution.kv_cache import (
     KVCache,
     MemoryPlan,
@@ -186,6 +186,9 @@ class CudaExecutor:
         swap_cost = swap_cost_tokens(block, num_weights, OPERATIONS_PER_SWAPPED_BYTE)
         self.kv_cache_shape = KVCacheShape(plan.num_blocks, num_host_blocks, block_size, swap_cost)
         self._step = CudaStep(model, kv_cache, activations, inputs, workspace)
+        self._enqueuer = ops.StepEnqueuer(
+            inputs.packed, self._host_buffers, inputs.last_token_ids, self._drawn, self._stream.cuda_stream
+        )
         before, _ = torch.cuda.mem_get_info(self._device)
         pool = torch.cuda.graph_pool_handle()
         for num_tokens in reversed(self.step_sizes.prefill_tokens):
@@ -216,20 +219,27 @@ class CudaExecutor:
 
     def launch(self, plan: StepPlan) -> CudaPendingStep | FailedStep:
         """Enqueue a step; what goes wrong comes out of its `wait`."""
+        header = Header(*plan.buffer[: len(Header._fields)].tolist())
         try:
+            captured = self._step.captured(header) if _is_plain(header) else None
+            if captured is not None:
+                return self._enqueue(captured, plan, header.num_rows)
             with torch.inference_mode(), torch.cuda.stream(self._stream):
-                return self._launch(plan)
+                return self._launch(plan, header)
         except torch.AcceleratorError as error:
             return FailedStep(EngineDeadError(f"the GPU failed: {error}"))
         except Exception as error:
             return FailedStep(error)
 
-    def _launch(self, plan: StepPlan) -> CudaPendingStep:
-        header = Header(*plan.buffer[: len(Header._fields)].tolist())
+    def _enqueue(self, captured: CapturedStep, plan: StepPlan, num_rows: int) -> CudaPendingStep:
+        """Start a step that is all captured, as most are. Torch's contexts, slices and copies would take longer than this
+        call, and let other threads have the interpreter lock in between."""
         slot = plan.step_id % NUM_STEP_BUFFERS
-        is_plain = not (header.num_extras or header.num_copies or header.num_swap_outs or header.num_swap_ins)
-        if is_plain and header.max_logprobs < 0 and (graph := self._step.graph_of(header)) is not None:
-            return self._enqueue(graph, slot, plan.used, header.num_rows)
+        event = self._events[slot]
+        self._enqueuer.enqueue(slot, plan.used, captured.executable, num_rows, event.cuda_event)
+        return CudaPendingStep(event, StepResult(self._drawn_arrays[slot][:num_rows]))
+
+    def _launch(self, plan: StepPlan, header: Header) -> CudaPendingStep:
         host_buffer = torch.from_numpy(plan.buffer[: plan.used])
         self._step.inputs.upload(host_buffer)
         self._step.run(header)
@@ -237,27 +247,11 @@ class CudaExecutor:
         if header.num_extras or header.max_logprobs >= 0:
             result = self._draw_again(header, host_buffer, tokens)
         else:
-            drawn = self._drawn[slot][: header.num_rows]
+            drawn = self._drawn[plan.step_id % NUM_STEP_BUFFERS][: header.num_rows]
             result = StepResult(drawn.copy_(tokens, non_blocking=True).numpy())
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return CudaPendingStep(done, result)
-
-    def _enqueue(self, graph: torch.cuda.CUDAGraph, slot: int, used: int, num_rows: int) -> CudaPendingStep:
-        """Start a captured step in one call: others get the interpreter lock once in a step, not at every piece of it."""
-        event = self._events[slot]
-        ops.enqueue_step(
-            self._step.inputs.packed,
-            self._host_buffers[slot],
-            used,
-            graph.raw_cuda_graph_exec(),
-            self._drawn[slot],
-            self._step.inputs.last_token_ids,
-            num_rows,
-            event.cuda_event,
-            self._stream.cuda_stream,
-        )
-        return CudaPendingStep(event, StepResult(self._drawn_arrays[slot][:num_rows]))
 
     def _draw_again(self, header: Header, host_buffer: torch.Tensor, tokens: torch.Tensor) -> StepResult:
         """Replace the drawn tokens by ones drawn with penalties and bans, and find the log probabilities."""
@@ -275,6 +269,12 @@ class CudaExecutor:
     def shutdown(self) -> None:
         """Finish what was launched. The memory goes with the executor."""
         self._stream.synchronize()
+
+
+def _is_plain(header: Header) -> bool:
+    """Whether a step moves no blocks and wants nothing of its logits but the tokens that its forward pass draws."""
+    moves_blocks = header.num_copies or header.num_swap_outs or header.num_swap_ins
+    return not (moves_blocks or header.num_extras) and header.max_logprobs < 0
 
 
 def _to_host(sampled: SampledTokens) -> StepResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,6 +66,14 @@ class CudaInputs:
         return inputs, query_start_loc[1:]
 
 
+@dataclass(frozen=True)
+class CapturedStep:
+    """`executable`: the graph's cudaGraphExec_t."""
+
+    graph: torch.cuda.CUDAGraph
+    executable: int
+
+
 class CudaStep:
     """Runs steps on the current stream. Enqueues only: it never waits for the device."""
 
@@ -83,18 +92,18 @@ class CudaStep:
         self._kv_cache = kv_cache
         self._buffers = buffers
         self._workspace = workspace
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}  # by tokens, rows, is_decode
+        self._captured: dict[tuple[int, int, bool], CapturedStep] = {}  # by tokens, rows, is_decode
 
-    def graph_of(self, header: Header) -> torch.cuda.CUDAGraph | None:
-        """The graph of steps of this size, if there is one."""
-        return self._graphs.get((header.num_tokens, header.num_rows, header.is_decode))
+    def captured(self, header: Header) -> CapturedStep | None:
+        """What was captured for steps of this size, if they were."""
+        return self._captured.get((header.num_tokens, header.num_rows, header.is_decode))
 
     def run(self, header: Header) -> None:
         """Compute the uploaded step: logits of each row's last token, and `inputs.last_token_ids`."""
         self._kv_cache.prepare(self.inputs.packed, header)
-        graph = self.graph_of(header)
-        if graph is not None:
-            graph.replay()
+        captured = self.captured(header)
+        if captured is not None:
+            captured.graph.replay()
         else:
             self.forward(header.num_tokens, header.num_rows, header.max_query_len, header.is_decode)
 
@@ -108,7 +117,7 @@ class CudaStep:
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         self.forward(num_tokens, num_rows, 1 if is_decode else num_tokens, is_decode)
         graph.capture_end()
-        self._graphs[num_tokens, num_rows, is_decode] = graph
+        self._captured[num_tokens, num_rows, is_decode] = CapturedStep(graph, graph.raw_cuda_graph_exec())
 
     def forward(self, num_tokens: int, num_rows: int, max_query_len: int, is_decode: bool) -> None:
         """From the packed buffer to the drawn tokens. The arguments alone decide what is launched, and on which addresses."""

@@ -16,14 +16,14 @@ from pagedcore.ops.cpu import CpuGraph, instruction_set, num_threads, request_hu
 from pagedcore.ops.elementwise import layer_norm, relu, rms_norm, silu_and_mul
 from pagedcore.ops.linear import PackedWeight, WeightArena, gated_linear, linear, pack_linear, packed_linear
 from pagedcore.ops.sampling import logprobs, sample
-from pagedcore.ops.step import enqueue_step, unpack_step
+from pagedcore.ops.step import StepEnqueuer, unpack_step
 
 __all__ = [
     "CpuGraph",
     "PackedWeight",
+    "StepEnqueuer",
     "WeightArena",
     "copy_blocks",
-    "enqueue_step",
     "gated_linear",
     "instruction_set",
     "layer_norm",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,31 +39,30 @@ def unpack_step(
     run("unpack_step", True, *pointers, num_tokens, num_rows, block_tables.shape[1])
 
 
-def enqueue_step(
-    packed: Tensor,
-    host_packed: Tensor,
-    used: int,
-    graph: int,
-    host_tokens: Tensor,
-    tokens: Tensor,
-    num_rows: int,
-    event: int,
-    stream: int,
-) -> None:
-    """Enqueue a captured step on a stream, without giving the interpreter lock up.
+class StepEnqueuer:
+    """Enqueues captured steps on a stream: each in one call that does not give the interpreter lock up."""
 
-    Copies `used` elements of host_packed to packed, launches the graph (a cudaGraphExec_t), copies num_rows of its tokens to
-    host_tokens, and records the event (a cudaEvent_t). All int32, contiguous; the host's tensors are pinned.
-    """
-    if not (
-        used <= min(len(packed), len(host_packed))
-        and num_rows <= min(len(tokens), len(host_tokens))
-        and fit(torch.int32, True, packed, tokens)
-        and fit(torch.int32, False, host_packed, host_tokens)
-    ):
-        tensors = {"packed": packed, "host_packed": host_packed, "host_tokens": host_tokens, "tokens": tokens}
-        rule = "contiguous int32 tensors, two on a GPU and two on the host, that hold the step"
-        refuse("enqueue_step", rule, **tensors, used=used, num_rows=num_rows)
-    require_cuda()
-    targets = (packed.data_ptr(), host_packed.data_ptr(), 4 * used, graph, host_tokens.data_ptr(), tokens.data_ptr())
-    _kernels.cuda.enqueue_step(*targets, 4 * num_rows, event, stream)
+    def __init__(
+        self, packed: Tensor, host_packed: Sequence[Tensor], tokens: Tensor, host_tokens: Sequence[Tensor], stream: int
+    ) -> None:
+        """A step's inputs go from one of host_packed to packed, its tokens from `tokens` to the same one of host_tokens.
+
+        All are contiguous int32 tensors; the host's, of the device's lengths, are pinned. stream: a cudaStream_t.
+        """
+        require_cuda()
+        is_fit = fit(torch.int32, True, packed, tokens) and fit(torch.int32, False, *host_packed, *host_tokens)
+        lengths = {len(packed)} == {*map(len, host_packed)} and {len(tokens)} == {*map(len, host_tokens)}
+        if not (is_fit and lengths and len(host_packed) == len(host_tokens)):
+            rule = "contiguous int32 tensors, two on a GPU and as many of the same lengths on the host for each slot"
+            on_host = {"host_packed": host_packed[0], "host_tokens": host_tokens[0]}
+            refuse("StepEnqueuer", rule, packed=packed, tokens=tokens, **on_host)
+        self._packed, self._tokens, self._stream = packed.data_ptr(), tokens.data_ptr(), stream
+        self._host_packed, self._host_tokens = addresses(*host_packed), addresses(*host_tokens)
+
+    def enqueue(self, slot: int, used: int, graph: int, num_rows: int, event: int) -> None:
+        """Enqueue the copy of `used` elements, the graph (a cudaGraphExec_t), the copy of num_rows tokens, and the event
+        (a cudaEvent_t)."""
+        host_packed, host_tokens = self._host_packed[slot], self._host_tokens[slot]
+        _kernels.cuda.enqueue_step(
+            self._packed, host_packed, 4 * used, graph, host_tokens, self._tokens, 4 * num_rows, event, self._stream
+        )
