@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from pagedcore.serve.triton_server import TritonServer
 
 REQUESTS, CONCURRENCY, INPUT_TOKENS, OUTPUT_TOKENS = 48, 4, 64, 32
 PERIODIC = (4, 16, 4)  # concurrency at first, requests in all, requests more each time
+COUNTERS_SETTLE_SECONDS = 1  # they are brought up to date ten times a second
 TEMPLATE = """{"text_input": {{ text|tojson }}, "stream": true,
  "sampling_parameters": {{ ('{"ignore_eos": true, "max_tokens": ' ~ max_tokens ~ '}')|tojson }}}"""
 
@@ -55,7 +57,8 @@ class Target:
     folder: Path
 
     def counters(self) -> tuple[float, float]:
-        """Completed requests and drawn tokens so far, as the server counts them."""
+        """Completed requests and drawn tokens so far, as the server counts them; nothing may be running."""
+        time.sleep(COUNTERS_SETTLE_SECONDS)
         with urllib.request.urlopen(self.server.metrics_url, timeout=10) as answer:
             text = answer.read().decode()
 
