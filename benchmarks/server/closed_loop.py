@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,10 @@ class Load:
 class _Stream:
     """A client inside the process. Counts the tokens it gets."""
 
-    def __init__(self, engine: EngineThread, prompt: list[int], output_tokens: int, count: int, name: str) -> None:
-        self._engine, self._prompt, self._tokens, self._name = engine, prompt, output_tokens, name
-        self._left = count
+    def __init__(self, engine: EngineThread, prompt: list[int], lengths: Sequence[int], name: str) -> None:
+        """`lengths`: the output tokens of its requests, last one first."""
+        self._engine, self._prompt, self._name = engine, prompt, name
+        self._left = list(lengths)
         self._sent = 0.0
         self._waits = True
         self.num_tokens = 0
@@ -38,14 +40,13 @@ class _Stream:
         self.ended = threading.Event()
 
     def start(self) -> None:
-        if self._left == 0:
+        if not self._left:
             self.ended.set()
             return
-        self._left -= 1
-        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=self._tokens)
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=self._left.pop())
         self._sent = time.perf_counter()
         self._waits = True
-        self._engine.submit(Request(f"{self._name}-{self._left}", self._prompt, params), self)
+        self._engine.submit(Request(f"{self._name}-{len(self._left)}", self._prompt, params), self)
 
     def push(self, output: TokenOutput) -> None:
         if self._waits:
@@ -56,10 +57,12 @@ class _Stream:
             self.start()
 
 
-def engine_load(engine: EngineThread, prompt: list[int], streams: int, rounds: int, output_tokens: int) -> Load:
-    """The engine thread alone, without a server."""
+def engine_load(engine: EngineThread, prompt: list[int], streams: int, rounds: int, lengths: Sequence[int]) -> Load:
+    """The engine thread alone, without a server: `rounds` requests from each of `streams` clients, of these output tokens
+    in turn."""
     name = f"load-{time.monotonic_ns()}"
-    clients = [_Stream(engine, prompt, output_tokens, rounds, f"{name}-{i}") for i in range(streams)]
+    of_requests = [lengths[i % len(lengths)] for i in range(streams * rounds)]
+    clients = [_Stream(engine, prompt, of_requests[i::streams], f"{name}-{i}") for i in range(streams)]
     begin = time.perf_counter()
     for client in clients:
         client.start()
@@ -71,12 +74,21 @@ def engine_load(engine: EngineThread, prompt: list[int], streams: int, rounds: i
 
 
 def server_load(
-    perf_analyzer: Path, url: str, model: str, prompt: str, streams: int, rounds: int, output_tokens: int, folder: Path
+    perf_analyzer: Path,
+    url: str,
+    model: str,
+    prompt: str,
+    streams: int,
+    rounds: int,
+    lengths: Sequence[int],
+    folder: Path,
 ) -> Load:
     """The same through a server, over gRPC streams. Raises RuntimeError with perf_analyzer's output."""
-    parameters = json.dumps({"temperature": 0, "ignore_eos": True, "max_tokens": output_tokens})
-    entry = {"text_input": [prompt], "stream": [True], "sampling_parameters": [parameters]}
-    (folder / "input.json").write_text(json.dumps({"data": [entry]}), encoding="utf-8")
+    entries = []
+    for length in lengths:
+        parameters = json.dumps({"temperature": 0, "ignore_eos": True, "max_tokens": length})
+        entries.append({"text_input": [prompt], "stream": [True], "sampling_parameters": [parameters]})
+    (folder / "input.json").write_text(json.dumps({"data": entries}), encoding="utf-8")
     export = folder / f"export-{time.monotonic_ns()}.json"
     command = [
         str(perf_analyzer),
@@ -92,7 +104,8 @@ def server_load(
     requests = json.loads(export.read_text(encoding="utf-8"))["experiments"][0]["requests"]
     if len(requests) < streams * rounds or not all(request["response_timestamps"] for request in requests):
         raise RuntimeError(f"{len(requests)} of {streams * rounds} requests were answered")
+    tokens = [json.loads(request["request_inputs"]["sampling_parameters"])["max_tokens"] for request in requests]
     seconds = (max(r["response_timestamps"][-1] for r in requests) - min(r["timestamp"] for r in requests)) / 1e9
     first = statistics.median(r["response_timestamps"][0] - r["timestamp"] for r in requests) / 1e6
-    merged = statistics.median(output_tokens / len(r["response_timestamps"]) for r in requests)
-    return Load(len(requests) * output_tokens / seconds, first, merged)
+    merged = statistics.median(n / len(r["response_timestamps"]) for n, r in zip(tokens, requests, strict=True))
+    return Load(sum(tokens) / seconds, first, merged)

@@ -4,13 +4,15 @@ Usage: python -m benchmarks.server.gpu_server --tokenizer FOLDER [--shapes llama
     [--perf-analyzer FILE] [--name h100_server]
 
 Random weights of a published shape with the vocabulary of the tokenizer in FOLDER (49,152 for SmolLM2's). perf_analyzer is
-the client: gRPC streams in a closed loop, one prompt of about 110 tokens, 256 tokens out, prefix caching off.
+the client: gRPC streams in a closed loop, one prompt of about 110 tokens, 256 tokens out on average, prefix caching off. The
+lengths differ, so that requests end and begin at any time, as they do in service, and not all in the same step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,7 +26,8 @@ from pagedcore.serve.triton_install import ensure_tritonserver
 from pagedcore.serve.triton_server import TritonServer
 
 STREAMS = (1, 32, 128, 256)
-OUTPUT_TOKENS = 256
+ROUNDS = 4  # requests of a stream
+OUTPUT_TOKENS = random.Random(0).sample(range(130, 384, 4), 64)  # all of these, in some order: 256 on average
 PROMPT = " ".join(["The quick brown fox jumps over the lazy dog near the river bank."] * 9)
 TITLES = {"llama8b": "Llama-3.1-8B shape", "qwen06b": "Qwen3-0.6B shape"}
 # Both engines, in this process and in the server, are on the GPU at once.
@@ -80,10 +83,10 @@ def measure(shape: str, arguments: argparse.Namespace, folder: Path) -> list[rep
     loaded = build_engine(EngineConfig.from_dict({"model": str(model), **ENGINE}))
     assert loaded.tokenizer is not None
     prompt = loaded.tokenizer.encode(PROMPT)
-    engine_load(loaded.engine, prompt, 32, 1, 32)
+    engine_load(loaded.engine, prompt, 32, 1, [32])
     alone = {}
     for streams in STREAMS:
-        alone[streams] = engine_load(loaded.engine, prompt, streams, 4 if streams == 1 else 2, OUTPUT_TOKENS)
+        alone[streams] = engine_load(loaded.engine, prompt, streams, ROUNDS, OUTPUT_TOKENS)
         print(f"{shape}, {streams} streams, engine: {alone[streams]}", flush=True)
     loaded.shutdown()
     rows = []
@@ -93,9 +96,8 @@ def measure(shape: str, arguments: argparse.Namespace, folder: Path) -> list[rep
         write_repository(folder, shape, model), installation=installation, log_path=log, ready_timeout=120
     ) as server:
         for streams in STREAMS:
-            rounds = 4 if streams == 1 else 2
             served = server_load(
-                arguments.perf_analyzer, server.grpc_url, "llm", PROMPT, streams, rounds, OUTPUT_TOKENS, folder
+                arguments.perf_analyzer, server.grpc_url, "llm", PROMPT, streams, ROUNDS, OUTPUT_TOKENS, folder
             )
             print(f"{shape}, {streams} streams, server: {served}", flush=True)
             rows += rows_of(shape, streams, alone[streams], served)
@@ -115,7 +117,7 @@ def main() -> None:
         for shape in arguments.shapes.split(","):
             rows += measure(shape, arguments, Path(name))
             notes = (
-                f"random weights, bfloat16, about 110 tokens in, {OUTPUT_TOKENS} out, greedy; gRPC streams in a closed loop, "
+                f"random weights, bfloat16, about 110 tokens in, {min(OUTPUT_TOKENS)}-{max(OUTPUT_TOKENS)} out, greedy; gRPC streams in a closed loop, "
                 "perf_analyzer and server on the same machine"
             )
             report.write(arguments.name, rows, notes)

@@ -15,8 +15,19 @@ from pagedcore.config import EngineConfig
 from pagedcore.errors import ConfigError
 from pagedcore.execution.cuda import CudaExecutor, captured_sizes, cuda_dtype
 from pagedcore.execution.kv_cache import GRAPH_BYTES, MemoryPlan, plan_gpu_memory
+from pagedcore.serve.default_model import ensure_default_model
 from tests.models import tiny
 
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three primary colors.",
+    "Write a sentence about the sea.",
+    "How many days are in a week?",
+    "Explain photosynthesis to a child.",
+    "What is 12 times 3?",
+    "Give me a recipe for pancakes.",
+    "Who wrote Romeo and Juliet?",
+)
 # Head sizes that the GPU's attention is made for.
 OPT_SHAPE: dict[str, Any] = {"num_attention_heads": 4, "hidden_size": 256}
 SHAPE: dict[str, Any] = {"head_dim": 64, "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512}
@@ -116,11 +127,32 @@ def test_logprobs_are_as_near_as_transformers_own(variant: str, tmp_path: Path) 
 
 
 @pytest.mark.gpu
+def test_the_default_model_answers_as_on_the_cpu() -> None:
+    """In float32 there; where float16 says another token, it was nearly as likely."""
+    questions = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in QUESTIONS]
+    params = SamplingParams(temperature=0, max_tokens=64, logprobs=4, ignore_eos=True)
+    answers = []
+    for arguments in ({"device": "cuda", "dtype": "float16"}, {"device": "cpu", "dtype": "float32"}):
+        llm = LLM(str(ensure_default_model()), max_model_len=512, max_num_seqs=8, **arguments)
+        answers.append([output.outputs[0] for output in llm.generate(questions, params, use_tqdm=False)])
+        llm.shutdown()
+    num_same = 0
+    for ours, exact in zip(*answers, strict=True):
+        assert exact.logprobs is not None and ours.text.strip()
+        parted = [i for i, (a, b) in enumerate(zip(ours.token_ids, exact.token_ids, strict=True)) if a != b]
+        if parted:
+            near = exact.logprobs[parted[0]]
+            assert near[exact.token_ids[parted[0]]].logprob - near[ours.token_ids[parted[0]]].logprob < 0.1
+        num_same += parted[0] if parted else len(ours.token_ids)
+    assert num_same > len(questions) * 64 / 2
+
+
+@pytest.mark.gpu
 def test_graphs_draw_what_eager_steps_draw_at_every_batch_size(tmp_path: Path) -> None:
     tiny.make("qwen3", tmp_path, **SHAPE)
     arguments: dict[str, Any] = {"device": "cuda", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 26}
     llm = LLM(str(tmp_path), max_num_seqs=40, **arguments)
-    graphs = _executor(llm)._step._graphs
+    graphs = _executor(llm)._step._captured
     sizes = _executor(llm).step_sizes
     assert sizes.decode_rows[-1] == 40 and sizes.prefill_tokens[-1] >= 512
     prefill = {(tokens, rows, False) for tokens in sizes.prefill_tokens for rows in sizes.prefill_rows}
