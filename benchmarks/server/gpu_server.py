@@ -117,8 +117,8 @@ def main() -> None:
         for shape in arguments.shapes.split(","):
             rows += measure(shape, arguments, Path(name))
             notes = (
-                f"random weights, bfloat16, about 110 tokens in, {min(OUTPUT_TOKENS)}-{max(OUTPUT_TOKENS)} out, greedy; gRPC streams in a closed loop, "
-                "perf_analyzer and server on the same machine"
+                f"random weights, bfloat16, about 110 tokens in, {min(OUTPUT_TOKENS)}-{max(OUTPUT_TOKENS)} out, greedy; "
+                "gRPC streams in a closed loop, perf_analyzer and server on the same machine"
             )
             report.write(arguments.name, rows, notes)
 
