@@ -14,10 +14,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pagedcore.errors import RequestError
+from pagedcore.errors import RequestError, shown
 
 MAX_SECONDS = 1.0
 MAX_CHARACTERS = 1 << 20  # of the prompt, and of any text that a template multiplies
+MAX_MESSAGES = 4096
+MAX_ERROR_CHARACTERS = 400  # of what a template says that is wrong
 _MAX_INTEGER_BITS = 4096
 _CHECK_TIME = "__check_time__"
 
@@ -57,7 +59,8 @@ class ChatTemplate:
                 if size > MAX_CHARACTERS:
                     raise SecurityError(f"the prompt has more than {MAX_CHARACTERS} characters")
         except Exception as error:  # whatever a template raises, it is about these messages
-            raise RequestError(f"messages do not fit the model's chat template: {error}") from error
+            reason = ascii(str(error))[1:-1][:MAX_ERROR_CHARACTERS]  # it may quote the messages
+            raise RequestError(f"messages do not fit the model's chat template: {reason}") from error
         return "".join(pieces)
 
 
@@ -65,17 +68,19 @@ def check_messages(messages: Sequence[Any]) -> None:
     """Raise RequestError unless these are messages of text: objects with a role and, mostly, content."""
     if not messages:
         raise RequestError("messages must hold at least 1 message, got none")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"messages must hold at most {MAX_MESSAGES} messages, got {len(messages)}")
     for number, message in enumerate(messages):
         name = f"messages[{number}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RequestError(f"{name} must be an object with a text as role, got {ascii(message)[:64]}")
+            raise RequestError(f"{name} must be an object with a text as role, got {shown(message)}")
         content = message.get("content")
         if isinstance(content, list):
             for part in content:
                 if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    raise RequestError(f'{name}.content must have parts of type "text" only, got {ascii(part)[:64]}')
+                    raise RequestError(f'{name}.content must have parts of type "text" only, got {shown(part)}')
         elif content is not None and not isinstance(content, str):
-            raise RequestError(f"{name}.content must be a text or a list of parts, got {ascii(content)[:64]}")
+            raise RequestError(f"{name}.content must be a text or a list of parts, got {shown(content)}")
 
 
 class _Environment(ImmutableSandboxedEnvironment):

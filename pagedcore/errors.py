@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+MAX_SHOWN = 64  # characters of a value in an error text
+
 
 class ConfigError(ValueError):
     """The engine's configuration or the model folder cannot be used; the text says what to change."""
@@ -25,3 +29,11 @@ class EngineDeadError(RuntimeError):
 
 class NonFiniteLogitsError(RuntimeError):
     """The model gave NaN or infinite logits for this request; others are not concerned."""
+
+
+def shown(value: Any) -> str:
+    """A value for an error text: in ASCII, escaped and cut."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    text = ascii(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

@@ -77,6 +77,18 @@ def test_messages_are_checked(messages: list[Any], reason: str) -> None:
         render("{{ messages }}", messages)
 
 
+def test_there_are_not_too_many_messages() -> None:
+    with pytest.raises(RequestError, match="messages must hold at most 4096 messages, got 4097"):
+        render("{{ messages }}", MESSAGES * 4097)
+
+
+def test_what_a_template_says_of_the_messages_is_escaped_and_cut() -> None:
+    with pytest.raises(RequestError) as raised:
+        render("{{ raise_exception(messages[0].content) }}", [{"role": "user", "content": "\x1b[2J\u00e9\n" * 10_000}])
+    assert str(raised.value).isascii() and str(raised.value).isprintable()
+    assert len(str(raised.value)) < 500
+
+
 def test_a_broken_template_says_so() -> None:
     with pytest.raises(RequestError, match="the model's chat template is broken"):
         ChatTemplate("{% for %}", {})

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from typing import Any
 
-from pagedcore.errors import RequestError
+import numpy as np
+
+from pagedcore.errors import RequestError, shown
+
+MAX_DEPTH = 32  # of lists and objects inside each other
+MAX_DIGITS = 64  # of an integer
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
 
 def parse_json_object(name: str, text: str) -> dict[str, Any]:
     """Decode a JSON object; an empty text is an empty object. `name` is what the error calls it.
 
     Raises:
-        RequestError: it is none, repeats a key, or holds NaN, Infinity or a lone surrogate, or text follows it.
+        RequestError: it is none, repeats a key, is nested deeper than MAX_DEPTH, holds NaN, Infinity, an integer of more
+            than MAX_DIGITS digits or a lone surrogate, or text follows it.
     """
     if not text:
         return {}
@@ -34,25 +43,36 @@ def _parse(name: str, text: str, wanted: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise RequestError(f"{name} must not repeat a key, got {ascii(repeated)[:64]} twice")
+            (repeated, count), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise RequestError(f"{name} must not repeat a key, got {shown(repeated)} {count} times")
         return values
+
+    def integer(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise RequestError(f"{name} must hold integers of at most {MAX_DIGITS} digits, got one of {len(digits)}")
+        return int(digits)
 
     def refuse(constant: str) -> None:
         raise RequestError(f"{name} must hold finite numbers only, got {constant}")
 
+    depth = _depth(text)
+    if depth > MAX_DEPTH:
+        raise RequestError(f"{name} must be nested at most {MAX_DEPTH} levels deep, got {depth}")
     try:
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=integer)
         json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise RequestError(f"{name} must be {wanted}: {error.msg} at character {error.pos}") from error
     except UnicodeEncodeError as error:
         raise RequestError(f"{name} must hold valid Unicode text, got a lone surrogate") from error
-    except RecursionError as error:
-        raise RequestError(f"{name} must be {wanted}, got one nested too deeply") from error
-    except RequestError:
-        raise
-    except ValueError as error:
-        raise RequestError(f"{name} must be {wanted}: {error}") from error
     return values
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open at once, outside strings."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return 0  # not worth a closer look
+    characters = np.frombuffer(_STRING.sub("", text).encode(errors="replace"), np.uint8)
+    opening = (characters == ord("[")) | (characters == ord("{"))
+    closing = (characters == ord("]")) | (characters == ord("}"))
+    return int(np.cumsum(opening.astype(np.int8) - closing, dtype=np.int64).max(initial=0))

@@ -137,11 +137,17 @@ class TritonPythonModel:
         arrived_at = time.monotonic()
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         generate = parse_request(
-            inputs, request.parameters(), request.requested_output_names(), model_name=self._model_name
+            inputs,
+            request.parameters(),
+            request.requested_output_names(),
+            model_name=self._model_name,
+            request_id=request.request_id(),
         )
         params = generate.sampling_params
+        max_model_len = self._loaded.max_model_len
+        limit = max_model_len - 1 if params.truncate_prompt_tokens is None else None
         prompt_token_ids = truncate_prompt(
-            encode_prompt(self._tokenizer, generate.prompt), params, self._loaded.max_model_len
+            encode_prompt(self._tokenizer, generate.prompt, limit), params, max_model_len
         )
         bad_words = self._tokenizer.bad_word_ids(params.bad_words or ())
         timeout_us = request.timeout() or parse_timeout(request.parameters())
@@ -162,6 +168,7 @@ class TritonPythonModel:
                     request_id,
                     prompt_token_ids,
                     params,
+                    cache_salt=generate.cache_salt,
                     bad_words=bad_words,
                     deadline=deadline,
                     arrived_at=arrived_at,

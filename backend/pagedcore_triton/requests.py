@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagedcore.engine.sampling_params import SamplingParams
-from pagedcore.errors import RequestError
+from pagedcore.errors import RequestError, shown
 from pagedcore.text import Tokenizer
 from pagedcore_triton.json_text import parse_json_list, parse_json_object
 from pagedcore_triton.protocol import OUTPUTS, Array, OutputTensor
 
 MAX_PROMPT_BYTES = 1 << 20
+MAX_PROMPT_IDS = 1 << 20
 MAX_PARAMETERS_BYTES = 256 << 10
+MAX_REQUEST_ID_LENGTH = 256  # Triton repeats it with every response
+MAX_CACHE_SALT_LENGTH = 128
 MAX_TIMEOUT = 2**63 - 1  # microseconds
 STREAMING_ECHO = "When streaming, `exclude_input_in_output` = False is not allowed."
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
@@ -43,6 +46,7 @@ class GenerateRequest:
 
     `echo`: the one response begins with the prompt. `outputs`: the tensors of its responses. `sampling_params` are the
     engine's: they ask for log probabilities where an output needs them. `wants_logprobs`: the client asked for those.
+    `cache_salt` keeps the prompt's entries in the prefix cache apart from those of every other salt.
     """
 
     prompt: Prompt
@@ -51,10 +55,16 @@ class GenerateRequest:
     outputs: tuple[OutputTensor, ...]
     sampling_params: SamplingParams
     wants_logprobs: bool
+    cache_salt: str = ""
 
 
 def parse_request(
-    inputs: Mapping[str, Array], parameters: str, requested_outputs: Iterable[str], *, model_name: str
+    inputs: Mapping[str, Array],
+    parameters: str,
+    requested_outputs: Iterable[str],
+    *,
+    model_name: str,
+    request_id: str = "",
 ) -> GenerateRequest:
     """Check and decode a request.
 
@@ -62,10 +72,13 @@ def parse_request(
         inputs: the input tensors that were sent, by name; strings are arrays of bytes objects.
         parameters: the request's own parameters as a JSON object; used only without a sampling_parameters tensor.
         requested_outputs: names of the outputs that the client wants; Triton names all of them if it did not say.
+        request_id: what the client calls the request; it need not be unique.
 
     Raises:
         RequestError: the text names the input or parameter, what is allowed and what was given.
     """
+    if len(request_id) > MAX_REQUEST_ID_LENGTH:
+        raise RequestError(f"id must have at most {MAX_REQUEST_ID_LENGTH} characters, got {len(request_id)}")
     if "embedding_request" in inputs:
         raise RequestError(f"Model {model_name} does not support 'embed' request: embedding_request must be left out")
     if "image" in inputs:
@@ -81,12 +94,14 @@ def parse_request(
         for output in OUTPUTS
         if output.name in requested and (output.asked_by is None or _flag(inputs, output.asked_by, False))
     )
-    params = _parse_sampling_params(inputs, parameters)
+    values = _parse_parameters(inputs, parameters)
+    cache_salt = _parse_cache_salt(values.pop("cache_salt", None))
+    params = SamplingParams.from_dict(values)
     names = {output.name for output in outputs}
     wants_logprobs = "logprobs" in names and params.logprobs is not None
     if "cumulative_logprob" in names and params.logprobs is None and not params.ranks_outputs:
         params = dataclasses.replace(params, logprobs=0)
-    return GenerateRequest(prompt, stream, not exclude_input, outputs, params, wants_logprobs)
+    return GenerateRequest(prompt, stream, not exclude_input, outputs, params, wants_logprobs, cache_salt)
 
 
 def parse_timeout(parameters: str) -> int:
@@ -98,19 +113,25 @@ def parse_timeout(parameters: str) -> int:
         return 0
     timeout = parse_json_object("the request's parameters", parameters).get("timeout", 0)
     if isinstance(timeout, bool) or not isinstance(timeout, int) or not 0 <= timeout <= MAX_TIMEOUT:
-        raise RequestError(
-            f"timeout must be an integer in [0, {MAX_TIMEOUT}] (microseconds), got {ascii(timeout)[:64]}"
-        )
+        raise RequestError(f"timeout must be an integer in [0, {MAX_TIMEOUT}] (microseconds), got {shown(timeout)}")
     return timeout
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The prompt's token ids; raises RequestError for messages that do not fit the model's chat template."""
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    if isinstance(prompt, ChatPrompt):
-        return tokenizer.encode(tokenizer.apply_chat_template(prompt.messages), add_special_tokens=False)
-    return prompt
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
+    """The prompt's token ids.
+
+    Raises:
+        RequestError: messages do not fit the model's chat template, or the text certainly has more than `max_tokens`
+            (None: no limit), which is found out without the time that encoding it would take. What it lets pass may still
+            have more.
+    """
+    if isinstance(prompt, list):
+        return prompt
+    is_chat = isinstance(prompt, ChatPrompt)
+    text = tokenizer.apply_chat_template(prompt.messages) if isinstance(prompt, ChatPrompt) else prompt
+    if max_tokens is not None and (fewest := tokenizer.fewest_tokens(text)) > max_tokens:
+        raise RequestError(f"the prompt has at least {fewest} tokens; it must have at most {max_tokens}")
+    return tokenizer.encode(text, add_special_tokens=not is_chat)
 
 
 def _parse_prompt(inputs: Mapping[str, Array]) -> Prompt:
@@ -132,23 +153,37 @@ def _parse_prompt(inputs: Mapping[str, Array]) -> Prompt:
     token_ids = inputs["input_ids"]
     if token_ids.ndim != 1 or token_ids.size == 0:
         raise RequestError(f"input_ids must have the shape [n], n at least 1, got {list(token_ids.shape)}")
+    if token_ids.size > MAX_PROMPT_IDS:
+        raise RequestError(f"input_ids must hold at most {MAX_PROMPT_IDS} ids, got {token_ids.size}")
     ids: list[int] = token_ids.tolist()
     if min(ids) < 0:
         raise RequestError(f"input_ids must be token ids (integers from 0 up), got {min(ids)}")
     return ids
 
 
-def _parse_sampling_params(inputs: Mapping[str, Array], parameters: str) -> SamplingParams:
+def _parse_parameters(inputs: Mapping[str, Array], parameters: str) -> dict[str, Any]:
+    """The sampling parameters, and what else may stand among them."""
     name = "the request's parameters"
     if "sampling_parameters" in inputs:
         name = "sampling_parameters"
         parameters = _decode_utf8(name, _string(inputs, name), MAX_PARAMETERS_BYTES)
+    elif len(parameters) > MAX_PARAMETERS_BYTES:
+        raise RequestError(f"{name} must have at most {MAX_PARAMETERS_BYTES} characters, got {len(parameters)}")
     values = parse_json_object(name, parameters)
     if "sampling_parameters" not in inputs:
         values.pop("timeout", None)  # see parse_timeout
     if values.pop("lora_name", None) is not None:
         raise LoraDisabledError
-    return SamplingParams.from_dict(values)
+    return values
+
+
+def _parse_cache_salt(salt: Any) -> str:
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not 1 <= len(salt) <= MAX_CACHE_SALT_LENGTH:
+        given = f"a text of {len(salt)} characters" if isinstance(salt, str) else shown(salt)
+        raise RequestError(f"cache_salt must be a text of 1 to {MAX_CACHE_SALT_LENGTH} characters, got {given}")
+    return salt
 
 
 def _string(inputs: Mapping[str, Array], name: str) -> bytes:

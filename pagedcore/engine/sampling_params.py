@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pagedcore.errors import RequestError
+from pagedcore.errors import RequestError, shown
 
 GREEDY_TEMPERATURE = 1e-5  # below it, sampling is greedy
 MAX_TEMPERATURE = 100.0
@@ -168,7 +168,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in _BOOL_FIELDS:
             if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} must be true or false, got {_shown(getattr(self, name))}")
+                raise RequestError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         self._check_integer("n", 1, MAX_SEQUENCES)
         self._check_integer("best_of", 1, MAX_SEQUENCES, optional=True)
         self._check_integer("beam_width", MIN_BEAM_WIDTH, MAX_SEQUENCES, optional=True)
@@ -187,7 +187,7 @@ class SamplingParams:
         self._check_integer("priority", MIN_PRIORITY, MAX_PRIORITY)
         if not isinstance(self.tenant, str) or len(self.tenant) > MAX_TENANT_LENGTH:
             limit = f"a text of at most {MAX_TENANT_LENGTH} characters"
-            raise RequestError(f"tenant must be {limit}, got {_shown(self.tenant)}")
+            raise RequestError(f"tenant must be {limit}, got {shown(self.tenant)}")
         self._check_stop()
         self._check_stop_token_ids()
         self._check_token_rules()
@@ -231,12 +231,12 @@ class SamplingParams:
             if key in _NEUTRAL_VALUES:
                 if value not in _NEUTRAL_VALUES[key]:
                     raise RequestError(
-                        f"{key} is not supported in this version and must be left out, got {_shown(value)}"
+                        f"{key} is not supported in this version and must be left out, got {shown(value)}"
                     )
             elif key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f", did you mean {near[0]!r}?" if near else f"; known ones: {', '.join(known)}"
-                raise RequestError(f"unknown sampling parameter {_shown(key)}{hint}")
+                raise RequestError(f"unknown sampling parameter {shown(key)}{hint}")
         return cls(**{key: _from_text(key, value) for key, value in values.items() if key not in _NEUTRAL_VALUES})
 
     def _check_float(self, name: str, low: float, high: float, *, above_low: bool = False) -> None:
@@ -244,7 +244,7 @@ class SamplingParams:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not is_number or not low <= value <= high or (above_low and value == low):
             allowed = f"{'(' if above_low else '['}{low:g}, {high:g}]"
-            raise RequestError(f"{name} must be a number in {allowed}, got {_shown(value)}")
+            raise RequestError(f"{name} must be a number in {allowed}, got {shown(value)}")
         object.__setattr__(self, name, float(value))
 
     def _check_integer(
@@ -257,7 +257,7 @@ class SamplingParams:
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # JSON writers may make 8.0 of 8
         if not _is_integer(value, low, high):
-            raise RequestError(f"{name} must be an integer in [{low}, {high_name or high}], got {_shown(value)}")
+            raise RequestError(f"{name} must be an integer in [{low}, {high_name or high}], got {shown(value)}")
         object.__setattr__(self, name, int(value))
 
     def _check_stop(self) -> None:
@@ -268,7 +268,7 @@ class SamplingParams:
         for text in strings:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_LENGTH:
                 limit = f"1 to {MAX_STOP_STRING_LENGTH} characters"
-                raise RequestError(f"stop must hold texts of {limit}, got {_shown(text)}")
+                raise RequestError(f"stop must hold texts of {limit}, got {shown(text)}")
         if strings and not self.detokenize:
             raise RequestError("stop needs detokenize to be true: stop texts are looked for in the output's text")
         object.__setattr__(self, "stop", strings)
@@ -285,7 +285,7 @@ class SamplingParams:
         for word in words:
             if not isinstance(word, str) or not word.strip() or len(word) > MAX_BAD_WORD_LENGTH:
                 limit = f"at most {MAX_BAD_WORD_LENGTH} characters, not only spaces"
-                raise RequestError(f"bad_words must hold texts of {limit}, got {_shown(word)}")
+                raise RequestError(f"bad_words must hold texts of {limit}, got {shown(word)}")
         object.__setattr__(self, "bad_words", words)
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.allowed_token_ids is not None:
@@ -307,18 +307,18 @@ class SamplingParams:
         if self.ranks_outputs and self.stop:
             raise RequestError(
                 "stop must be empty when best_of is above n (outputs are ranked before they become text), "
-                f"got {_shown(self.stop)}"
+                f"got {shown(self.stop)}"
             )
         for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
             if getattr(self, name) != default:
-                raise RequestError(f"{name} needs use_beam_search or beam_width, got {_shown(getattr(self, name))}")
+                raise RequestError(f"{name} needs use_beam_search or beam_width, got {shown(getattr(self, name))}")
 
     def _check_beam_search(self) -> None:
         width = self.beam_width if self.beam_width is not None else self.best_of if self.best_of is not None else self.n
         name = "beam_width" if self.beam_width is not None else "best_of" if self.best_of is not None else "n"
         if width < MIN_BEAM_WIDTH:
             raise RequestError(
-                f"{name} must be in [{MIN_BEAM_WIDTH}, {MAX_SEQUENCES}] with beam search, got {_shown(width)}"
+                f"{name} must be in [{MIN_BEAM_WIDTH}, {MAX_SEQUENCES}] with beam search, got {shown(width)}"
             )
         if self.best_of not in (None, width):
             raise RequestError(f"best_of must be beam_width ({width}) or left out with beam search, got {self.best_of}")
@@ -327,12 +327,12 @@ class SamplingParams:
         if self.temperature != 0.0:
             raise RequestError(f"temperature must be 0 with beam search, got {self.temperature:g}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise RequestError(f'early_stopping must be true, false or "never", got {_shown(self.early_stopping)}')
+            raise RequestError(f'early_stopping must be true, false or "never", got {shown(self.early_stopping)}')
         for field_name, off in _OFF_WITH_BEAM_SEARCH.items():
             if getattr(self, field_name) != off:
                 raise RequestError(
                     f"{field_name} must be {off if off != () else 'empty'} with beam search, "
-                    f"got {_shown(getattr(self, field_name))}"
+                    f"got {shown(getattr(self, field_name))}"
                 )
         for field_name, value in (("use_beam_search", True), ("beam_width", width), ("best_of", width)):
             object.__setattr__(self, field_name, value)
@@ -357,7 +357,7 @@ def _items(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
     if value is None:
         return ()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise RequestError(f"{name} must be {wanted}, got {_shown(value)}")
+        raise RequestError(f"{name} must be {wanted}, got {shown(value)}")
     return tuple(value)
 
 
@@ -367,7 +367,7 @@ def _token_ids(name: str, value: Any, limit: int) -> tuple[int, ...]:
         raise RequestError(f"{name} must hold at most {limit} ids, got {len(ids)}")
     for token_id in ids:
         if not _is_integer(token_id, 0, MAX_TOKENS):
-            raise RequestError(f"{name} must hold token ids (integers from 0 up), got {_shown(token_id)}")
+            raise RequestError(f"{name} must hold token ids (integers from 0 up), got {shown(token_id)}")
     return tuple(int(token_id) for token_id in ids)
 
 
@@ -375,19 +375,21 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...] | None:
     """The biases by ascending token id, the keys of a JSON object being texts; None for none."""
     pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, tuple) else None
     if pairs is None and value is not None:
-        raise RequestError(f"logit_bias must be an object of biases by token id, got {_shown(value)}")
+        raise RequestError(f"logit_bias must be an object of biases by token id, got {shown(value)}")
+    if pairs is not None and len(pairs) > MAX_LOGIT_BIASES:
+        raise RequestError(f"logit_bias must hold at most {MAX_LOGIT_BIASES} token ids, got {len(pairs)}")
     biases: dict[int, float] = {}
     for key, bias in pairs or ():
         token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10 else key
         if not _is_integer(token_id, 0, MAX_TOKENS):
-            raise RequestError(f"logit_bias must have token ids (integers from 0 up) as keys, got {_shown(key)}")
+            raise RequestError(f"logit_bias must have token ids (integers from 0 up) as keys, got {shown(key)}")
         is_number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
         if not is_number or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
             allowed = f"[{-MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
-            raise RequestError(f"logit_bias must have numbers in {allowed} as values, got {_shown(bias)}")
+            raise RequestError(f"logit_bias must have numbers in {allowed} as values, got {shown(bias)}")
+        if int(token_id) in biases:
+            raise RequestError(f"logit_bias must name every token id once, got {token_id} twice")
         biases[int(token_id)] = float(bias)
-    if len(biases) > MAX_LOGIT_BIASES:
-        raise RequestError(f"logit_bias must hold at most {MAX_LOGIT_BIASES} token ids, got {len(biases)}")
     return tuple(sorted(biases.items())) or None
 
 
@@ -403,11 +405,3 @@ def _from_text(name: str, value: Any) -> Any:
     if name in _BOOL_FIELDS or name == "early_stopping":
         return _BOOL_TEXT.get(text.lower(), value)
     return value
-
-
-def _shown(value: Any) -> str:
-    """A value for an error text: escaped and cut."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    text = ascii(value)
-    return text if len(text) <= 64 else text[:61] + "..."

@@ -8,14 +8,16 @@ import queue
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import grpc
 import numpy as np
 import tritonclient.grpc as grpcclient
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from pagedcore.serve.triton_server import TritonServer
@@ -33,6 +35,7 @@ class Answer:
     error: str | None = None
     code: str | None = None
     finals: tuple[bool, ...] = ()
+    num_responses: int = 0
 
     @property
     def text(self) -> str:
@@ -52,7 +55,13 @@ def generate(url: str, body: Mapping[str, Any] | bytes, *, stream: bool = False)
         connection.close()
     events = [json.loads(line.removeprefix("data: ")) for line in content.splitlines() if line]
     errors = [event["error"] for event in events if "error" in event]
-    return Answer([event["text_output"] for event in events if "text_output" in event], "".join(errors) or None, code)
+    return Answer(
+        [event["text_output"] for event in events if "text_output" in event],
+        "".join(errors) or None,
+        code,
+        (),
+        len(events),
+    )
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,29 @@ def generate_grpc(url: str, inputs: Mapping[str, Any], *, parameters: dict[str, 
         except InferenceServerException as error:
             return Answer(texts, error.message(), finals=tuple(finals))
     return Answer(texts, finals=tuple(finals))
+
+
+def infer_request(inputs: Mapping[str, Any], model: str = MODEL, **fields: Any) -> service_pb2.ModelInferRequest:
+    """The message that asks the model; `fields` are more of its own ones."""
+    request = service_pb2.ModelInferRequest(model_name=model, **fields)
+    for name, value in inputs.items():
+        tensor = _tensor(name, value)
+        request.inputs.append(tensor._get_tensor())
+        request.raw_input_contents.append(tensor._get_content())
+    return request
+
+
+def stream_infer(
+    url: str, requests: Iterable[service_pb2.ModelInferRequest], *, timeout: float, ends_with_code: bool = False
+) -> list[service_pb2.ModelStreamInferResponse]:
+    """All that a gRPC stream answers to these requests until it ends, by the protocol's own stub.
+
+    Raises grpc.RpcError after `timeout` seconds and, with `ends_with_code`, for an error.
+    """
+    metadata = (("triton_grpc_error", "true"),) if ends_with_code else ()
+    with grpc.insecure_channel(url) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return list(stub.ModelStreamInfer(iter(requests), timeout=timeout, metadata=metadata))
 
 
 def responses_of(url: str, inputs: Mapping[str, Any], *, model: str = MODEL, **send: Any) -> list[Response]:

@@ -11,6 +11,7 @@ import torch
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import Response, generate, responses_of
 from tests.triton.judge import Continuation, Judge
+from tests.triton.samples import Growth
 
 PROMPT = "The capital of France is"
 NUM_TOKENS = 12
@@ -177,3 +178,22 @@ def test_parameters_of_vllm_that_ask_for_nothing_are_taken(server: TritonServer,
     }
     answer = generate(server.http_url, {"text_input": PROMPT, "sampling_parameters": json.dumps(GREEDY | sampling)})
     assert answer.text == PROMPT + plain.text
+
+
+def test_a_cache_salt_keeps_prefixes_apart(server: TritonServer) -> None:
+    """Prompts find in the prefix cache what came with the same salt only, and say the same in any case."""
+    prompt = "Of all the ships that ever left this harbour " * 8
+    growth, texts, found = Growth(server), set(), []
+    num_queries = 0.0
+    for salt in ({"cache_salt": "a"}, {"cache_salt": "b"}, {}, {"cache_salt": "a"}):
+        hits = growth.of("vllm:prefix_cache_hits_total")
+        (answer,) = responses_of(
+            server.grpc_url,
+            {"text_input": prompt, "sampling_parameters": json.dumps(GREEDY | salt), "return_num_input_tokens": True},
+        )
+        num_queries += answer.values["num_input_tokens"][0]
+        growth.wait_for("vllm:prefix_cache_queries_total", num_queries)
+        texts.add(answer.values["text_output"][0])
+        found.append(growth.of("vllm:prefix_cache_hits_total") - hits > 0)
+    assert found == [False, False, False, True]
+    assert len(texts) == 1

@@ -14,11 +14,13 @@ from pagedcore_triton.protocol import OUTPUTS
 from pagedcore_triton.requests import (
     MAX_PARAMETERS_BYTES,
     MAX_PROMPT_BYTES,
+    MAX_PROMPT_IDS,
     ChatPrompt,
     GenerateRequest,
     parse_request,
 )
 
+from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.errors import RequestError
 
 
@@ -139,22 +141,55 @@ def test_bad_inputs(inputs: dict[str, Any], reason: str) -> None:
         ("[]", "sampling_parameters must be a JSON object, got list"),
         ("null", "sampling_parameters must be a JSON object, got NoneType"),
         ("{} x", "sampling_parameters must be a JSON object: Extra data at character 3"),
-        ('{"top_k": 1, "top_k": 2}', "sampling_parameters must not repeat a key, got 'top_k' twice"),
+        ('{"top_k": 1, "top_k": 2}', "sampling_parameters must not repeat a key, got 'top_k' 2 times"),
         ('{"temperature": NaN}', "sampling_parameters must hold finite numbers only, got NaN"),
         ('{"temperature": -Infinity}', "sampling_parameters must hold finite numbers only, got -Infinity"),
         ('{"temperature": 1e999}', "temperature must be a number in"),
         ('{"stop": "\\ud800"}', "sampling_parameters must hold valid Unicode text"),
-        ("[" * 100_000, "sampling_parameters must be a JSON object, got one nested too deeply"),
-        ('{"seed": ' + "9" * 5000 + "}", "sampling_parameters must be a JSON object"),
+        ("[" * 100_000, "sampling_parameters must be nested at most 32 levels deep, got 100000"),
+        ('{"stop": ' + "[" * 32 + "]" * 32 + "}", "sampling_parameters must be nested at most 32 levels deep, got 33"),
+        ('{"stop": "' + "[" * 100 + '\\"[", "n": 0}', "n must be an integer in"),
+        ('{"stop": "' + '\\"[' * 50_000, "Unterminated string"),
+        (
+            '{"seed": ' + "9" * 5000 + "}",
+            "sampling_parameters must hold integers of at most 64 digits, got one of 5000",
+        ),
         (b'{"stop": "\xff"}', "sampling_parameters must be valid UTF-8"),
         (" " * (MAX_PARAMETERS_BYTES + 1), f"sampling_parameters must have at most {MAX_PARAMETERS_BYTES} bytes"),
         ('{"temprature": 1}', "unknown sampling parameter 'temprature', did you mean 'temperature'"),
         ('{"lora_name": "doll"}', r"^LoRA feature is not enabled\.$"),
+        ('{"cache_salt": ""}', "cache_salt must be a text of 1 to 128 characters, got a text of 0"),
+        ('{"cache_salt": 3}', "cache_salt must be a text of 1 to 128 characters, got 3"),
+        ('{"logit_bias": {"7": 1, "07": 2}}', "logit_bias must name every token id once, got 7 twice"),
     ],
 )
 def test_bad_sampling_parameters(content: str | bytes, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
         parse(text_input=text("Hi"), sampling_parameters=text(content))
+
+
+def test_a_key_repeated_among_many_is_found_in_linear_time() -> None:
+    """Comparing every key with every other one would take most of an hour."""
+    pairs = ", ".join(f'"{number}": 0' for number in range(200_000))
+    with pytest.raises(RequestError, match="must not repeat a key, got '199999' 2 times"):
+        parse_json_object("it", f'{{{pairs}, "199999": 1}}')
+
+
+def test_names_and_lists_of_a_request_have_limits() -> None:
+    with pytest.raises(RequestError, match="id must have at most 256 characters, got 257"):
+        parse_request({"text_input": text("Hi")}, "", ALL_OUTPUTS, model_name="llm", request_id="x" * 257)
+    with pytest.raises(
+        RequestError, match=f"input_ids must hold at most {MAX_PROMPT_IDS} ids, got {MAX_PROMPT_IDS + 1}"
+    ):
+        parse(input_ids=np.zeros(MAX_PROMPT_IDS + 1, np.int32))
+    with pytest.raises(RequestError, match=f"the request's parameters must have at most {MAX_PARAMETERS_BYTES}"):
+        parse(f'{{"stop": "{"x" * MAX_PARAMETERS_BYTES}"}}', text_input=text("Hi"))
+
+
+def test_the_cache_salt_is_not_a_sampling_parameter() -> None:
+    salted = parse('{"cache_salt": "mine", "max_tokens": 3}', text_input=text("Hi"))
+    assert (salted.cache_salt, salted.sampling_params) == ("mine", SamplingParams(max_tokens=3))
+    assert parse('{"cache_salt": null}', text_input=text("Hi")).cache_salt == ""
 
 
 _leaves = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5) | st.none()
