@@ -53,7 +53,7 @@ class Tokenizer:
         """A number of tokens that encoding `text` cannot stay below; looks at no more than its length."""
         if self._longest_token_bytes is None:
             return 0
-        return -(-len(text.encode()) // self._longest_token_bytes)
+        return -(-len(text.encode().translate(None, self._bytes_without_token)) // self._longest_token_bytes)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence of tokens."""
@@ -107,13 +107,17 @@ class Tokenizer:
     @cached_property
     def _longest_token_bytes(self) -> int | None:
         """Of the text that one token can stand for; None where that may have no limit: a normalizer can shorten the text, an
-        unknown token stand for all that is unknown, and an added one take in the spaces beside it."""
+        unknown token stand for any number of characters, and an added one take in the spaces beside it."""
         added = self._backend.get_added_tokens_decoder().values()
-        has_all_bytes = self._byte_level and None not in map(self._backend.token_to_id, _BYTE_LEVEL_ALPHABET)
         takes_spaces = any(token.lstrip or token.rstrip for token in added)
-        if not has_all_bytes or takes_spaces or self._backend.normalizer is not None:
+        if not self._byte_level or takes_spaces or self._backend.normalizer is not None:
             return None
         return max(len(self._to_bytes(token)) for token in self._backend.get_vocab(with_added_tokens=True))
+
+    @cached_property
+    def _bytes_without_token(self) -> bytes:
+        """Those that a byte-level tokenizer leaves out of what it encodes."""
+        return bytes(b for text, b in _BYTE_LEVEL_ALPHABET.items() if self._backend.token_to_id(text) is None)
 
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:

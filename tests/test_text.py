@@ -139,7 +139,9 @@ def test_loading_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("name", [*_NAMES, "opt"])
 @settings(max_examples=100, deadline=None)
-@given(pieces=st.lists(st.text(max_size=3) | st.sampled_from(["x", " ", "<|im_start|>", "[日 本]"]), max_size=5))
+@given(
+    pieces=st.lists(st.text(max_size=3) | st.sampled_from(["x", " ", "\x04", "<|im_start|>", "[日 本]"]), max_size=5)
+)
 def test_no_text_has_fewer_tokens_than_foreseen(loaded: dict[str, Tokenizer], name: str, pieces: list[str]) -> None:
     text = "".join(piece * 40 for piece in pieces)
     assert loaded[name].fewest_tokens(text) <= len(loaded[name].encode(text, add_special_tokens=False))
@@ -147,6 +149,7 @@ def test_no_text_has_fewer_tokens_than_foreseen(loaded: dict[str, Tokenizer], na
 
 def test_a_text_far_too_long_is_known_without_encoding_it(loaded: dict[str, Tokenizer]) -> None:
     """SmolLM2's longest tokens are 80 spaces or so; where unknown characters become one token, nothing is known."""
+    assert loaded["smollm2"].fewest_tokens("\x04" * 100_000) == 0  # it has no token for that one
     assert loaded["smollm2"].fewest_tokens("x" * 100_000) > 1000
     assert loaded["byte_fallback"].fewest_tokens("x" * 100_000) == 0
 

@@ -168,9 +168,9 @@ def generate_grpc(url: str, inputs: Mapping[str, Any], *, parameters: dict[str, 
     return Answer(texts, finals=tuple(finals))
 
 
-def infer_request(inputs: Mapping[str, Any], model: str = MODEL, **fields: Any) -> service_pb2.ModelInferRequest:
+def infer_request(inputs: Mapping[str, Any], **fields: Any) -> service_pb2.ModelInferRequest:
     """The message that asks the model; `fields` are more of its own ones."""
-    request = service_pb2.ModelInferRequest(model_name=model, **fields)
+    request = service_pb2.ModelInferRequest(**{"model_name": MODEL} | fields)
     for name, value in inputs.items():
         tensor = _tensor(name, value)
         request.inputs.append(tensor._get_tensor())
@@ -179,16 +179,15 @@ def infer_request(inputs: Mapping[str, Any], model: str = MODEL, **fields: Any) 
 
 
 def stream_infer(
-    url: str, requests: Iterable[service_pb2.ModelInferRequest], *, timeout: float, ends_with_code: bool = False
+    url: str, requests: Iterable[service_pb2.ModelInferRequest], *, timeout: float
 ) -> list[service_pb2.ModelStreamInferResponse]:
     """All that a gRPC stream answers to these requests until it ends, by the protocol's own stub.
 
-    Raises grpc.RpcError after `timeout` seconds and, with `ends_with_code`, for an error.
+    Raises grpc.RpcError where the stream ends with an error of its own, as after `timeout` seconds.
     """
-    metadata = (("triton_grpc_error", "true"),) if ends_with_code else ()
     with grpc.insecure_channel(url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return list(stub.ModelStreamInfer(iter(requests), timeout=timeout, metadata=metadata))
+        return list(stub.ModelStreamInfer(iter(requests), timeout=timeout))
 
 
 def responses_of(url: str, inputs: Mapping[str, Any], *, model: str = MODEL, **send: Any) -> list[Response]:
