@@ -148,7 +148,9 @@ def main() -> None:
     options = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--first", type=int, default=0, help="the first batch's seed")
     options.add_argument("--cases", type=int, default=GOAL_CASES, help="how many cases for the parser")
-    options.add_argument("--seconds", type=float, default=86_400.0, help="of processor time, after which the parser is left alone")
+    options.add_argument(
+        "--seconds", type=float, default=86_400.0, help="of processor time, after which the parser is left alone"
+    )
     options.add_argument("--server-cases", type=int, default=GOAL_SERVER_CASES, help="how many cases for the server")
     options.add_argument("--record", action="store_true", help="write benchmarks/results/fuzz.json")
     arguments = options.parse_args()

@@ -81,7 +81,7 @@ def config_pbtxt(old: str, new: str) -> Callable[[Path], object]:
         ),
         (model_json('{"model": "/nowhere"}'), "/nowhere"),
         (model_json('{"model": "default", "dtype": "int3"}'), "dtype must be one of"),
-        (model_json('{"model": "default", "seed": 1, "seed": 2}'), "must not repeat a key, got 'seed' twice"),
+        (model_json('{"model": "default", "seed": 1, "seed": 2}'), "must not repeat a key, got 'seed' 2 times"),
         (model_json('{"model": "default", "skip_tokenizer_init": true}'), "skip_tokenizer_init must be false"),
         (model_json("{"), "must be a JSON object"),
         (lambda model: (model / "1" / "model.json").unlink(), "model.json"),
