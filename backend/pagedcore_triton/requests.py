@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from pagedcore_triton.protocol import OUTPUTS, Array, OutputTensor
 MAX_PROMPT_BYTES = 1 << 20
 MAX_PROMPT_IDS = 1 << 20
 MAX_PARAMETERS_BYTES = 256 << 10
+MAX_REMEMBERED_LENGTH, NUM_REMEMBERED = 2048, 256  # of texts of sampling parameters
 MAX_REQUEST_ID_LENGTH = 256  # Triton repeats it with every response
 MAX_CACHE_SALT_LENGTH = 128
 MAX_TIMEOUT = 2**63 - 1  # microseconds
@@ -94,9 +96,7 @@ def parse_request(
         for output in OUTPUTS
         if output.name in requested and (output.asked_by is None or _flag(inputs, output.asked_by, False))
     )
-    values = _parse_parameters(inputs, parameters)
-    cache_salt = _parse_cache_salt(values.pop("cache_salt", None))
-    params = SamplingParams.from_dict(values)
+    params, cache_salt = _parse_sampling_parameters(inputs, parameters)
     names = {output.name for output in outputs}
     wants_logprobs = "logprobs" in names and params.logprobs is not None
     if "cumulative_logprob" in names and params.logprobs is None and not params.ranks_outputs:
@@ -161,20 +161,31 @@ def _parse_prompt(inputs: Mapping[str, Array]) -> Prompt:
     return ids
 
 
-def _parse_parameters(inputs: Mapping[str, Array], parameters: str) -> dict[str, Any]:
-    """The sampling parameters, and what else may stand among them."""
+def _parse_sampling_parameters(inputs: Mapping[str, Array], parameters: str) -> tuple[SamplingParams, str]:
+    """The sampling parameters, and the cache_salt that may stand among them."""
     name = "the request's parameters"
-    if "sampling_parameters" in inputs:
+    is_tensor = "sampling_parameters" in inputs
+    if is_tensor:
         name = "sampling_parameters"
         parameters = _decode_utf8(name, _string(inputs, name), MAX_PARAMETERS_BYTES)
     elif len(parameters) > MAX_PARAMETERS_BYTES:
         raise RequestError(f"{name} must have at most {MAX_PARAMETERS_BYTES} characters, got {len(parameters)}")
-    values = parse_json_object(name, parameters)
-    if "sampling_parameters" not in inputs:
+    parse = _parse_remembered if len(parameters) <= MAX_REMEMBERED_LENGTH else _parse_parameters
+    return parse(name, parameters, is_tensor)
+
+
+def _parse_parameters(name: str, text: str, is_tensor: bool) -> tuple[SamplingParams, str]:
+    values = parse_json_object(name, text)
+    if not is_tensor:
         values.pop("timeout", None)  # see parse_timeout
     if values.pop("lora_name", None) is not None:
         raise LoraDisabledError
-    return values
+    cache_salt = _parse_cache_salt(values.pop("cache_salt", None))
+    return SamplingParams.from_dict(values), cache_salt
+
+
+# Most requests of a client have the same parameters, and parsing them is half the work of taking a request in.
+_parse_remembered = functools.lru_cache(maxsize=NUM_REMEMBERED)(_parse_parameters)
 
 
 def _parse_cache_salt(salt: Any) -> str:

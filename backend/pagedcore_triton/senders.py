@@ -9,7 +9,9 @@ from queue import Empty, SimpleQueue
 from pagedcore_triton.cancellation import CancellationPoller
 from pagedcore_triton.responses import EngineControl, ResponseStream
 
-NUM_LANES = 4  # a send blocks for about 0.1 ms; the process boundary saturates at about four senders
+# A send blocks for about 0.1 ms, without the interpreter lock. More lanes send little more, and then new requests and the
+# engine wait for the lock behind them: with four, first tokens took ten times as long as with three (docs/gpu-status.md).
+NUM_LANES = 3
 
 
 class Lane:

@@ -60,6 +60,18 @@ def test_the_tensor_wins_over_the_requests_parameters() -> None:
     assert parse('{"max_tokens": 5}', **inputs).sampling_params.max_tokens == 5
 
 
+def test_parameters_parsed_before_mean_what_they_meant_then() -> None:
+    parameters = '{"max_tokens": 5, "timeout": 1000, "cache_salt": "a"}'
+    for _ in range(2):
+        request = parse(parameters, text_input=text("x"))
+        assert request.sampling_params == SamplingParams(max_tokens=5) and request.cache_salt == "a"
+        with pytest.raises(RequestError, match="unknown sampling parameter 'timeout'"):  # a field of requests only
+            parse(text_input=text("x"), sampling_parameters=text(parameters))
+        logprobs = parse('{"max_tokens": 5}', text_input=text("x"), return_cumulative_logprob=flag(True))
+        assert logprobs.sampling_params.logprobs == 0
+        assert parse('{"max_tokens": 5}', text_input=text("x")).sampling_params.logprobs is None
+
+
 def outputs_of(requested: list[str], flags: dict[str, bool]) -> list[str]:
     inputs = {"text_input": text("Hi")} | {f"return_{name}": flag(value) for name, value in flags.items()}
     request = parse_request(inputs, "", requested, model_name="llm")
