@@ -26,7 +26,7 @@ from pagedcore.serve.triton_install import ensure_tritonserver
 from pagedcore.serve.triton_server import TritonServer
 
 STREAMS = (1, 32, 128, 256)
-ROUNDS = 4  # requests of a stream
+ROUNDS = 3  # requests of a stream
 OUTPUT_TOKENS = random.Random(0).sample(range(130, 384, 4), 64)  # all of these, in some order: 256 on average
 PROMPT = " ".join(["The quick brown fox jumps over the lazy dog near the river bank."] * 9)
 TITLES = {"llama8b": "Llama-3.1-8B shape", "qwen06b": "Qwen3-0.6B shape"}
