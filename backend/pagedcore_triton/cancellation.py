@@ -13,10 +13,10 @@ from pagedcore_triton.responses import EngineControl, ResponseStream
 logger = logging.getLogger(__name__)
 
 # Asking takes a round trip of about 0.05 ms on the channel that the senders use, so many open requests are asked less often
-# than few, and a handful at a time. Up to MAX_ROUND_SECONDS * MAX_POLLS_PER_SECOND of them, each is asked within 40 ms.
-MIN_ROUND_SECONDS, MAX_ROUND_SECONDS = 0.02, 0.04
+# than few, and a handful at a time. Up to MAX_ROUND_SECONDS * MAX_POLLS_PER_SECOND of them, each is asked within 30 ms.
+MIN_ROUND_SECONDS, MAX_ROUND_SECONDS = 0.02, 0.03
 SECONDS_PER_STREAM = 0.002
-MAX_POLLS_PER_SECOND = 6400
+MAX_POLLS_PER_SECOND = 8600
 GROUP = 16
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes.util
+import json
 import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers.environments import ensure_environment
 from pagedcore.serve.cache import SetupError
 
+EXPORT_ATTEMPTS = 10
 REQUIREMENTS = ("tritonclient[grpc,http]==2.51.0", "nvidia-cuda-runtime-cu12==12.9.79")
 
 
@@ -40,3 +43,22 @@ def run_perf_analyzer(arguments: Sequence[str]) -> str:
     if result.returncode != 0:
         raise RuntimeError(f"perf_analyzer failed:\n{result.stdout}\n{result.stderr}")
     return result.stdout
+
+
+def profile(arguments: Sequence[str], export: Path) -> list[dict[str, Any]]:
+    """Run perf_analyzer and return the requests of the file it exports to, `export`.
+
+    It reads the outputs that a response does not have from stale memory, and its file ends at one that is not a number: then
+    it is run again. Raises RuntimeError when that does not help.
+    """
+    for _ in range(EXPORT_ATTEMPTS):
+        run_perf_analyzer([*arguments, "--profile-export-file", str(export)])
+        try:
+            requests: list[dict[str, Any]] = json.loads(export.read_text(encoding="utf-8"))["experiments"][0][
+                "requests"
+            ]
+        except json.JSONDecodeError:
+            export.unlink()  # it refuses to overwrite one
+        else:
+            return requests
+    raise RuntimeError(f"perf_analyzer's export was cut off {EXPORT_ATTEMPTS} times")

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import report
-from benchmarks.peers.perf_analyzer_setup import run_perf_analyzer
+from benchmarks.peers.perf_analyzer_setup import profile
 from pagedcore.build import LoadedEngine, build_engine
 from pagedcore.config import EngineConfig
 from pagedcore.engine.engine_thread import EngineThread
@@ -83,12 +83,11 @@ def server_rate(server: TritonServer, prompts: list[str], streams: int, folder: 
     entries = [{"text_input": [p], "stream": [True], "sampling_parameters": [parameters]} for p in prompts]
     (folder / "input.json").write_text(json.dumps({"data": entries}), encoding="utf-8")
     export = folder / f"export-{time.monotonic_ns()}.json"
-    run_perf_analyzer(
+    requests = profile(
         f"-m llm -u {server.grpc_url} -i grpc --async --streaming --input-data {folder / 'input.json'} "
-        f"--concurrency-range {streams} --request-count {len(prompts)} --stability-percentage 999 "
-        f"--profile-export-file {export}".split()
+        f"--concurrency-range {streams} --request-count {len(prompts)} --stability-percentage 999".split(),
+        export,
     )
-    requests = json.loads(export.read_text(encoding="utf-8"))["experiments"][0]["requests"]
     begin = min(request["timestamp"] for request in requests)
     end = max(request["response_timestamps"][-1] for request in requests)
     first = statistics.median(request["response_timestamps"][0] - request["timestamp"] for request in requests)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import report
 from benchmarks.peers.environments import ensure_environment
-from benchmarks.peers.perf_analyzer_setup import perf_analyzer_environment, run_perf_analyzer
+from benchmarks.peers.perf_analyzer_setup import perf_analyzer_environment, profile
 from benchmarks.server.cpu_server import write_repository
 from pagedcore.serve.default_model import ensure_default_model
 from pagedcore.serve.triton_server import TritonServer
@@ -77,11 +77,11 @@ def perf_analyzer(target: Target, name: str, load: str, with_parameters: bool = 
         entry["sampling_parameters"] = [json.dumps(sampling)]
     (target.folder / "input.json").write_text(json.dumps({"data": [entry]}), encoding="utf-8")
     export = target.folder / f"{name}.json"
-    run_perf_analyzer(
+    requests = profile(
         f"-m llm -u {target.server.grpc_url} -i grpc --async --streaming --input-data {target.folder / 'input.json'} "
-        f"--stability-percentage 999 --profile-export-file {export} {load} {parameters if with_parameters else ''}".split()
+        f"--stability-percentage 999 {load} {parameters if with_parameters else ''}".split(),
+        export,
     )
-    requests = json.loads(export.read_text(encoding="utf-8"))["experiments"][0]["requests"]
     seconds = (max(r["response_timestamps"][-1] for r in requests) - min(r["timestamp"] for r in requests)) / 1e9
     first = statistics.median(r["response_timestamps"][0] - r["timestamp"] for r in requests) / 1e6
     return Outcome(len(requests), OUTPUT_TOKENS, len(requests) * OUTPUT_TOKENS / seconds, first)
