@@ -95,6 +95,8 @@ def test_parameters_out_of_range_are_named(parameter: str, value: str) -> None:
 
 def test_parameters_that_are_left_out_and_given() -> None:
     assert ServingConfig.from_model_config(config_of(("KIND_MODEL", 1, []))).drain_seconds == 5.0
-    given = config_of(("KIND_MODEL", 1, []), DRAIN_SECONDS="12.5", REPORT_CUSTOM_METRICS="True")
+    given = config_of(
+        ("KIND_MODEL", 1, []), DRAIN_SECONDS="12.5", REPORT_CUSTOM_METRICS="True", ENABLE_VLLM_HEALTH_CHECK="true"
+    )
     serving = ServingConfig.from_model_config(given)
     assert (serving.drain_seconds, serving.reports_metrics) == (12.5, True)
