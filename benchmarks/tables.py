@@ -1,4 +1,4 @@
-"""Write the result tables of README.md and docs/reliability.md from benchmarks/results, so that no figure is typed by hand.
+"""Write the result tables of README.md and of pages in docs/ from benchmarks/results, so that no figure is typed by hand.
 
 Usage: python benchmarks/tables.py [--check]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "operations.md", ROOT / "docs" / "reliability.md")
 GPU_STATUS = ROOT / "docs" / "gpu-status.md"
 _SECTION = re.compile(r"(<!-- table: (\w+)(?:, only (.*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
