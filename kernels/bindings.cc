@@ -216,11 +216,10 @@ EnqueueStep enqueue_step(Address packed, Address host_packed, I64 packed_bytes, 
           at<void>(host_tokens), at<const void>(tokens),      token_bytes,  at<void>(event)};
 }
 
+// Keeps the interpreter lock, for a launch takes microseconds: the engine thread would get it back behind all others.
 template <class Op, class... Args>
 void bind(py::module_& module, const char* name, Op (*pack)(Args...), void (*kernel)(const Op&, cuda::Stream)) {
-  module.def(
-      name, [pack, kernel](Args... args, Address stream) { kernel(pack(args...), at<void>(stream)); },
-      py::call_guard<py::gil_scoped_release>());
+  module.def(name, [pack, kernel](Args... args, Address stream) { kernel(pack(args...), at<void>(stream)); });
 }
 
 void bind_cuda(py::module_ module) {
@@ -235,12 +234,7 @@ void bind_cuda(py::module_ module) {
   bind(module, "logprobs", logprobs, cuda::logprobs);
   bind(module, "skinny_linear", skinny_linear, cuda::skinny_linear);
   bind(module, "unpack_step", unpack_step, cuda::unpack_step);
-  // Keeps the interpreter lock: it takes microseconds, and the engine thread would get the lock back behind all others.
-  module.def("enqueue_step", [](Address packed, Address host_packed, I64 packed_bytes, Address graph,
-                                Address host_tokens, Address tokens, I64 token_bytes, Address event, Address stream) {
-    cuda::enqueue_step(enqueue_step(packed, host_packed, packed_bytes, graph, host_tokens, tokens, token_bytes, event),
-                       at<void>(stream));
-  });
+  bind(module, "enqueue_step", enqueue_step, cuda::enqueue_step);
   module.def("has_skinny_linear", cuda::has_skinny_linear);
   module.def("paged_attention_workspace_bytes", cuda::paged_attention_workspace_bytes);
 }

@@ -36,8 +36,9 @@ MIN_BLOCK_SIZE = 16
 DEFAULT_SWAP_SPACE = 4.0  # GiB
 # Operations that a GPU computes of a prompt in the time in which it moves a byte over PCIe: about 6e14 / 2.5e10 a second.
 OPERATIONS_PER_SWAPPED_BYTE = 24_000
-# Operations that take a GPU about as long as Python takes to launch a step's kernels.
-LAUNCH_BOUND_OPERATIONS = 2.5e12
+# Operations that take a GPU about as long as Python takes to launch a step's kernels in a server, where other threads take the
+# interpreter lock between two launches: about 50 ms with 32 layers and 256 streams.
+LAUNCH_BOUND_OPERATIONS = 3.3e13
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _logger = logging.getLogger(__name__)
@@ -71,12 +72,12 @@ def captured_sizes(max_num_seqs: int, max_num_batched_tokens: int, num_weights: 
         return (*(size for size in sizes if size < limit), limit)
 
     decode_rows = up_to(max_num_seqs, [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs, 16)])
-    prefill_tokens = [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    prefill_tokens = [*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)]
     most = min(max_num_batched_tokens, LAUNCH_BOUND_OPERATIONS / (2 * num_weights))
     return StepSizes(
         decode_rows,
         tuple(size for size in prefill_tokens if size <= most),
-        up_to(max_num_seqs, [1, 16, 64]),
+        up_to(max_num_seqs, [16, 64]),
     )
 
 

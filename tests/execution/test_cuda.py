@@ -46,8 +46,9 @@ def test_captured_sizes_reach_every_batch() -> None:
 def test_prompts_are_captured_as_long_as_launching_takes_longer_than_their_work() -> None:
     assert captured_sizes(8, 8192, 6e8).prefill_tokens[-1] == 2048
     assert captured_sizes(8, 300, 6e8).prefill_tokens[-1] == 256
-    assert captured_sizes(8, 8192, 8e9).prefill_tokens == (64, 128)
-    assert captured_sizes(8, 8192, 7e10).prefill_tokens == ()
+    assert captured_sizes(8, 8192, 8e9).prefill_tokens[-1] == 2048
+    assert captured_sizes(8, 8192, 7e10).prefill_tokens == (64, 128, 192)
+    assert captured_sizes(8, 8192, 4e11).prefill_tokens == ()
 
 
 def test_dtype_on_a_gpu() -> None:
