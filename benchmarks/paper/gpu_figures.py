@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report
 from benchmarks.paper import plots
@@ -52,19 +53,14 @@ def rates(part: str, record: Record) -> list[report.Row]:
     with plots.figure(_name(title), columns=max(min(len(panels), 3), 1), rows=-(-len(panels) // 3) or 1) as axes:
         for axis, panel in zip(axes, panels, strict=False):
             sustained = _sustained(record, panel.name)
-            for system, rate in sustained.items():
-                style = {"color": plots.COLORS[system], "marker": plots.MARKERS[system], "label": LABELS[system]}
-                points = [point for point in record.points if point.key[:3] == ("latency", panel.name, system)]
-                points.sort(key=lambda point: point.values["rate"])
-                at = [point.values["rate"] for point in points]
-                axis.plot(at, [point.values["normalized_latency"] for point in points], markersize=4, **style)
-                axis.axvline(rate, color=plots.COLORS[system], linestyle=":", linewidth=1)
             axis.set_title(panel.name)
-            axis.set_xlabel("requests/s (dotted: sustained)")
-            axis.set_ylabel("normalized latency (s/token)")
-            axis.set_xlim(0, None)
-            axis.set_ylim(0, None)
-            axis.legend()
+            if any(len(_latencies(record, panel.name, system)) > 1 for system in sustained):
+                _draw_latencies(axis, record, panel.name, sustained)
+            else:
+                axis.barh([LABELS[system] for system in sustained], list(sustained.values()), color=_colors(sustained))
+                axis.invert_yaxis()
+                axis.grid(visible=False, axis="y")
+                axis.set_xlabel("sustained requests/s")
             own = sustained.get("paged", 0.0)
             rows += [
                 _row(f"{title}: {panel.name}, against {LABELS[system]}", own, "req/s", f"{LABELS[system]} policy", rate)
@@ -72,6 +68,20 @@ def rates(part: str, record: Record) -> list[report.Row]:
                 if system != "paged" and own
             ]
     return rows
+
+
+def _draw_latencies(axis: Any, record: Record, panel: str, sustained: Mapping[str, float]) -> None:
+    for system, rate in sustained.items():
+        style = {"color": plots.COLORS[system], "marker": plots.MARKERS[system], "label": LABELS[system]}
+        points = _latencies(record, panel, system)
+        at = [point.values["rate"] for point in points]
+        axis.plot(at, [point.values["normalized_latency"] for point in points], markersize=4, **style)
+        axis.axvline(rate, color=plots.COLORS[system], linestyle=":", linewidth=1)
+    axis.set_xlabel("requests/s (dotted: sustained)")
+    axis.set_ylabel("normalized latency (s/token)")
+    axis.set_xlim(0, None)
+    axis.set_ylim(0, None)
+    axis.legend()
 
 
 def attention(record: Record) -> list[report.Row]:
@@ -85,7 +95,7 @@ def attention(record: Record) -> list[report.Row]:
             ("the same, consecutive", plots.PAPER_COLOR, [point.values["consecutive_us"] for point in cases]),
             ("torch, contiguous", plots.COLORS["orca_oracle"], [point.values["torch_us"] for point in cases]),
         ]
-        plots.bars(left, groups, series, digits=0)
+        plots.bars(left, groups, series, digits=None)
         left.set_ylabel("attention of one layer (us)")
         left.legend()
         names = [point.key[3].removeprefix("blocks of ") for point in sizes]
@@ -173,6 +183,15 @@ def preemption(record: Record) -> list[report.Row]:
 def _sustained(record: Record, panel: str) -> dict[str, float]:
     points: list[Point] = [point for point in record.points if point.key[:2] == ("saturation", panel)]
     return {point.key[2]: point.values["sustained"] for point in points if point.values["sustained"] > 0}
+
+
+def _latencies(record: Record, panel: str, system: str) -> list[Point]:
+    points = [point for point in record.points if point.key[:3] == ("latency", panel, system)]
+    return sorted(points, key=lambda point: point.values["rate"])
+
+
+def _colors(systems: Iterable[str]) -> list[str]:
+    return [plots.COLORS[system] for system in systems]
 
 
 def _row(name: str, value: float, unit: str, peer: str, peer_value: float) -> report.Row:

@@ -53,7 +53,10 @@ def figure(name: str, columns: int = 1, rows: int = 1, size: tuple[float, float]
     FOLDER.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(_STYLE):
         picture, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
-        yield [axis for line in axes for axis in line]
+        every = [axis for line in axes for axis in line]
+        yield every
+        for axis in every:
+            axis.set_visible(axis.has_data())
         picture.tight_layout()
         picture.savefig(FOLDER / f"{name}.png", bbox_inches="tight", metadata={"Software": None})
         plt.close(picture)
@@ -65,13 +68,17 @@ def legend_below(axis: Any, columns: int) -> None:
     axis.figure.legend(handles, labels, loc="upper center", ncols=columns, bbox_to_anchor=(0.5, 0.0))
 
 
-def bars(axis: Any, groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]]], digits: int = 1) -> None:
-    """Bars side by side for each group; `series`: label, colour and a value for each group, written above its bar."""
+def bars(
+    axis: Any, groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]]], digits: int | None = 1
+) -> None:
+    """Bars side by side for each group; `series`: label, colour and a value for each group, written above its bar with so
+    many digits, or not (None)."""
     width = 0.8 / len(series)
     for number, (label, color, values) in enumerate(series):
         places = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
         drawn = axis.bar(places, values, width * 0.94, label=label, color=color)
-        axis.bar_label(drawn, [f"{v:.{digits}f}" if v else "" for v in values], fontsize=7, padding=1)
+        if digits is not None:
+            axis.bar_label(drawn, [f"{v:.{digits}f}" if v else "" for v in values], fontsize=7, padding=1)
     axis.set_xticks(range(len(groups)), groups)
     axis.margins(y=0.2)
     axis.grid(visible=False, axis="x")
