@@ -135,16 +135,19 @@ class LocalExecutor:
         self._inbox: queue.SimpleQueue[LocalPendingStep | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run_steps, name="pagedcore-executor", daemon=True)
         self._worker.start()
-        for num_tokens in (min(WARM_UP_TOKENS, max_model_len, max_num_batched_tokens), 1):
-            self._run_padding(num_tokens)
+        for num_tokens in (min(WARM_UP_TOKENS, max_model_len, max_num_batched_tokens, num_blocks * block_size), 1):
+            self._warm_up(num_tokens)
 
-    def _run_padding(self, num_tokens: int) -> None:
-        """Run a step of one sequence that writes nothing, so that what libraries do on first use is done before a request."""
+    def _warm_up(self, num_tokens: int) -> None:
+        """Run a step of one sequence that writes to the first slots of the cache, which no block table refers to yet.
+
+        The system gives the cache its memory where it is first written to, layer by layer; a request would wait for that.
+        """
         layout = StepLayout(num_tokens, 1, 1)
         header = Header(num_tokens, 1, 1, num_tokens, 1, num_tokens, num_tokens, 0, 0, 0, any_random=0, max_logprobs=-1)
         packed = torch.zeros(layout.copies, dtype=torch.int32)
         packed[: len(header)] = torch.tensor(header)
-        packed[layout.slot_mapping : layout.query_start_loc] = -1
+        packed[layout.slot_mapping : layout.query_start_loc] = torch.arange(num_tokens, dtype=torch.int32)
         packed[layout.query_start_loc + 1] = packed[layout.seq_lens] = num_tokens
         step = LocalPendingStep(packed)
         self._inbox.put(step)

@@ -325,8 +325,10 @@ def test_stopping_with_an_idle_stream_open_leaves_nothing(tmp_path: Path) -> Non
             stream.send({"text_input": "Once", "stream": True, "sampling_parameters": '{"max_tokens": 2}'})
             while not stream.next()[2]:
                 pass
-            server.stop()
-        assert not processes_with(server.shm_prefix)
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            wait_until(lambda: not processes_with(server.shm_prefix))
+            stopping.join()
         assert not shared_memory_with(server.shm_prefix)
 
 
