@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from pagedcore_triton.protocol import OutputDelta, SequenceDelta
 from pagedcore_triton.responses import ErrorCode, ResponseStream
-from pagedcore_triton.senders import SenderPool
+from pagedcore_triton.senders import NUM_LANES, SenderPool
 from pagedcore_triton.sequence_output import SequenceOutput
 
 from pagedcore.engine.outputs import TokenOutput
@@ -189,7 +189,7 @@ def test_a_backlogged_lane_merges_and_sends_first_tokens_first(
     pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
 ) -> None:
     log: list[tuple[RecordingChannel, str]] = []
-    clients = [Client(pool, engine, tokenizer, f"{i}", log=log) for i in range(12)]
+    clients = [Client(pool, engine, tokenizer, f"{i}", log=log) for i in range(3 * NUM_LANES)]
     a, b, new = [client for client in clients if client.stream.lane is clients[0].stream.lane]
     one, two, three = tokenizer.encode("one two three")
     b.push(one)
