@@ -1,0 +1,57 @@
+"""Mixed traffic to a real tritonserver for a long time, and what it leaves behind.
+
+Usage: python -m tests.soak [--requests N] [--clients N] [--seed S] [--overload SECONDS] [--record]
+
+A model of two small layers with random weights and the default model's tokenizer, so that a processor gets through many requests.
+The exit status is 0 if every request had its one right end, every canary the same text, and nothing was left.
+--record writes benchmarks/results/soak.json and docs/soak.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import report
+from pagedcore.serve.triton_server import TritonServer
+from tests.soak.repository import write_repository
+from tests.soak.results import record
+from tests.soak.run import Soak
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("--requests", type=int, default=100_000)
+    options.add_argument("--clients", type=int, default=48, help="requests that are open at any time")
+    options.add_argument("--seed", type=int, default=1)
+    options.add_argument(
+        "--overload", type=float, default=30.0, help="seconds at twice the rate that it sustains; 0: not"
+    )
+    options.add_argument(
+        "--record", action="store_true", help="write the figures to benchmarks/results and the picture"
+    )
+    arguments = options.parse_args()
+    logging.disable(logging.CRITICAL)
+    commit = report.current_commit()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        TritonServer(write_repository(Path(folder)), log_path=Path(folder, "log"), exit_timeout=2) as server,
+    ):
+        soak = Soak(server, arguments.clients, arguments.seed)
+        asyncio.run(soak.run(arguments.requests, arguments.overload))
+    print(
+        f"before: {soak.before}\nafter:  {soak.after}\n{soak.peak:.0f} answered a second, {soak.goodput:.0f} at twice that rate"
+    )
+    for fault in soak.faults[:20]:
+        print(fault)
+    if arguments.record:
+        record(soak, commit)
+    return int(bool(soak.faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The model repository of a soak: the shipped one, with a small model and little room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pagedcore.serve.default_model import ensure_default_model
+from tests.triton.conftest import write_repository as write_shipped
+
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+# Few blocks and a short queue: requests are preempted, swapped and refused.
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "load_format": "dummy",
+    "max_model_len": 1024,
+    "max_num_seqs": 32,
+    "num_gpu_blocks_override": 128,
+    "swap_space": 0.01,
+    "max_queue_size": 64,
+}
+
+
+def write_repository(folder: Path) -> Path:
+    """Write model and repository into `folder`."""
+    default, model = ensure_default_model(), folder / "model"
+    model.mkdir()
+    for path in default.iterdir():
+        if path.name != "model.safetensors":
+            shutil.copy(path, model / path.name)
+    config = json.loads((default / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | _SHAPE), encoding="utf-8")
+    return write_shipped(folder, **(ARGUMENTS | {"model": str(model)}))
