@@ -56,7 +56,7 @@ class SendingLane(Protocol):
     num_streams: int
 
     def put(self, stream: ResponseStream) -> None:
-        """Put a stream that has something to send in line."""
+        """Put a stream that has something to send in line, or, if it is there, where it belongs by now."""
         ...
 
 
@@ -115,6 +115,11 @@ class ResponseStream:
     def is_closed(self) -> bool:
         return self._closed
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether its client waits for the first response, or for the last one."""
+        return not self.started or self._is_ending()
+
     def push(self, output: TokenOutput) -> None:
         """Take an output from the engine; returns at once."""
         assert self.lane is not None
@@ -124,7 +129,7 @@ class ResponseStream:
             else:
                 self._pending[output.index].append(output)
                 self._num_open -= output.finish_reason is not None
-            if self._in_line or not self._has_response():
+            if not self._has_response() or (self._in_line and not self._is_ending()):
                 return
             self._in_line = True
         self.lane.put(self)
@@ -153,6 +158,10 @@ class ResponseStream:
         with self._lining_up:
             self._in_line = not self._closed and self._has_response()
             return self._in_line
+
+    def _is_ending(self) -> bool:
+        """Whether the engine has said all that it will."""
+        return self._num_open == 0 or self._failure is not None
 
     def _has_response(self) -> bool:
         """Whether the pending outputs make a response, or an end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from queue import Empty, SimpleQueue
 
 from pagedcore_triton.cancellation import CancellationPoller
@@ -15,21 +14,22 @@ NUM_LANES = 3
 
 
 class Lane:
-    """A sending thread. Streams with something to send wait in line; those without a first response go first."""
+    """A sending thread. Streams with something to send wait in line; those without a first response, and those with their last
+    one, go first: that is what clients wait for, the one to show something, the other to go on."""
 
     def __init__(self, engine: EngineControl, name: str) -> None:
         self.num_streams = 0  # pinned to this lane and not closed
         self._engine = engine
         self._inbox: SimpleQueue[ResponseStream | None] = SimpleQueue()
-        self._first: deque[ResponseStream] = deque()
-        self._rest: deque[ResponseStream] = deque()
+        self._urgent: dict[ResponseStream, None] = {}  # in their order, as are the rest
+        self._rest: dict[ResponseStream, None] = {}
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def put(self, stream: ResponseStream) -> None:
-        """Put a stream that has something to send in line."""
+        """Put a stream that has something to send in line, or, if it is there, where it belongs by now."""
         self._inbox.put(stream)
 
     def stop(self, timeout: float) -> None:
@@ -42,28 +42,35 @@ class Lane:
             stream = self._next()
             if stream is None:
                 return
-            if stream.send_pending(merge=bool(self._first or self._rest), engine=self._engine):
+            if stream.send_pending(merge=bool(self._urgent or self._rest), engine=self._engine):
                 self._line_up(stream)
 
     def _next(self) -> ResponseStream | None:
         """The stream whose turn it is; None when the lane is to end."""
-        idle = not (self._first or self._rest)
         try:
             while True:
-                stream = self._inbox.get(block=idle)
+                stream = self._inbox.get(block=not (self._urgent or self._rest))
                 if stream is None:
                     self._inbox.put(None)  # for the next turn: what is in line goes first
                     break
                 self._line_up(stream)
-                idle = False
         except Empty:
             pass
-        if self._first:
-            return self._first.popleft()
-        return self._rest.popleft() if self._rest else None
+        line = self._urgent or self._rest
+        if not line:
+            return None
+        stream = next(iter(line))
+        del line[stream]
+        return stream
 
     def _line_up(self, stream: ResponseStream) -> None:
-        (self._rest if stream.started else self._first).append(stream)
+        if stream.is_closed or stream in self._urgent:
+            return
+        if stream.is_urgent:
+            self._rest.pop(stream, None)
+            self._urgent[stream] = None
+        else:
+            self._rest[stream] = None
 
 
 class SenderPool:

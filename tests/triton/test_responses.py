@@ -214,6 +214,38 @@ def test_a_backlogged_lane_merges_and_sends_first_tokens_first(
     ]
 
 
+def test_a_backlogged_lane_sends_what_ends_before_what_goes_on(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
+) -> None:
+    """However long it has been in line; its client may be waiting to send the next request."""
+    log: list[tuple[RecordingChannel, str]] = []
+    clients = [Client(pool, engine, tokenizer, f"{i}", log=log) for i in range(3 * NUM_LANES)]
+    a, b, c = [client for client in clients if client.stream.lane is clients[0].stream.lane]
+    one, two, three = tokenizer.encode("one two three")
+    for client in (a, b, c):
+        client.push(one)
+        until(lambda client=client: client.channel.sent)
+    a.channel.gate.clear()
+    a.channel.blocked.clear()
+    a.push(two)
+    assert a.channel.blocked.wait(WAIT)
+    b.push(two)
+    c.push(two)
+    b.push(three)
+    c.push(three, reason=FinishReason.LENGTH)
+    log.clear()
+    a.channel.gate.set()
+    until(lambda: len(log) >= 4)
+    names = {a.channel: "a", b.channel: "b", c.channel: "c"}
+    assert [(names[channel], text) for channel, text in log] == [
+        ("a", " two"),
+        ("c", " two three"),
+        ("b", " two"),  # alone in line, and not behind what is over
+        ("b", " three"),
+    ]
+    assert c.channel.finals == 1
+
+
 def test_a_response_tells_the_next_token_of_every_open_sequence(
     pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer
 ) -> None:
@@ -281,6 +313,10 @@ def test_a_stop_string_ends_the_request_and_stops_the_engine(
     lane = client.stream.lane
     until(lambda: lane is not None and lane.num_streams == 0)  # the poller has seen it
     assert client.channel.finals == 1
+    for number in range(2 * NUM_LANES):  # what came too late has not ended the lane
+        other = Client(pool, engine, tokenizer, f"other {number}")
+        other.push(*tokenizer.encode("one"), reason=FinishReason.LENGTH)
+        assert other.result() == ["one"]
 
 
 @pytest.mark.parametrize(
