@@ -30,8 +30,8 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def write_repository(folder: Path) -> Path:
-    """Write model and repository into `folder`."""
+def write_repository(folder: Path, **arguments: Any) -> Path:
+    """Write model and repository into `folder`, with other engine arguments."""
     default, model = ensure_default_model(), folder / "model"
     model.mkdir()
     for path in default.iterdir():
@@ -39,4 +39,4 @@ def write_repository(folder: Path) -> Path:
             shutil.copy(path, model / path.name)
     config = json.loads((default / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | _SHAPE), encoding="utf-8")
-    return write_shipped(folder, **(ARGUMENTS | {"model": str(model)}))
+    return write_shipped(folder, **(ARGUMENTS | {"model": str(model)} | arguments))

@@ -28,6 +28,14 @@ def record(soak: Soak, commit: str) -> None:
     rows = [
         report.row("requests", total, "requests", "goal", GOAL_REQUESTS, higher_is_better=True),
         report.row("memory grew by", growth, "MiB", "goal", GOAL_MIB, higher_is_better=False),
+        report.row(
+            "memory grew in the second half by",
+            max(growth_in_second_half([entry.memory for _, entry in soak.samples]), 0.1),
+            "MiB",
+            "goal",
+            GOAL_MIB / 2,
+            higher_is_better=False,
+        ),
         *_same("threads of the model's process", before.num_model_threads, after.num_model_threads),
         *_same("file descriptors", before.num_files, after.num_files),
         *_same("shared memory", before.region_mib, after.region_mib, "MiB"),
@@ -43,6 +51,13 @@ def record(soak: Soak, commit: str) -> None:
     )
     report.write("soak", rows, notes, measured=report.source(commit))
     _draw(soak)
+
+
+def growth_in_second_half(memory: list[float]) -> float:
+    """The mean of the last tenth of the samples less that of the tenth in the middle."""
+    tenth = max(len(memory) // 10, 1)
+    middle = len(memory) // 2
+    return float(np.mean(memory[-tenth:]) - np.mean(memory[middle : middle + tenth]))
 
 
 def _same(name: str, before: float, after: float, unit: str = "") -> list[report.Row]:
@@ -64,7 +79,7 @@ def _draw(soak: Soak) -> None:
             above.plot(edges[:-1], line, style, label=f"{name} response, {percentile} %")
     above.set_yscale("log")
     above.set_ylabel("seconds")
-    above.legend(ncols=2, fontsize=8)
+    above.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     times = [seconds for seconds, _ in soak.samples]
     below.plot(times, [entry.memory for _, entry in soak.samples], label="memory of all processes (MiB)")
     below.plot(times, [entry.num_files for _, entry in soak.samples], label="file descriptors")
