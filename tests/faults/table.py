@@ -122,10 +122,10 @@ FAULTS = (
     Fault("NaN logits in one row", "its request ends with an error, no other", (f"{_ONE_FAILS}[nan]",)),
     Fault(
         "a step raises",
-        "its requests end with an error, no others; as a 500 over HTTP",
+        "its requests end with an error, no others",
         (
             f"{_INJECTED}test_a_failed_step_ends_its_requests_and_no_others[step]",
-            f"{_INJECTED}test_over_http_a_fault_before_the_first_token_is_a_500",
+            f"{_INJECTED}test_over_http_a_fault_before_the_first_token_is_all_of_the_answer",
         ),
     ),
     Fault(

@@ -91,9 +91,9 @@ def test_two_failed_steps_in_a_row_are_not_three(faulty: TritonServer) -> None:
         assert generate_grpc(faulty.grpc_url, greedy(2)).error is None
 
 
-def test_over_http_a_fault_before_the_first_token_is_a_500(faulty: TritonServer) -> None:
+def test_over_http_a_fault_before_the_first_token_is_all_of_the_answer(faulty: TritonServer) -> None:
     answer = generate(faulty.http_url, greedy(2, [triggers.STEP_RAISES]), stream=True)
-    assert (answer.code, answer.num_responses) == ("INTERNAL", 1)
+    assert (answer.error, answer.num_responses) == (INTERNAL.format("RuntimeError"), 1)
 
 
 def test_a_deadline_is_kept_while_a_step_hangs(faulty: TritonServer, measure: Measure) -> None:
