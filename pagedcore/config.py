@@ -36,6 +36,9 @@ class EngineConfig:
     `kv_cache_memory_bytes`: bytes. `gpu_memory_utilization`: share of the device's memory, for
     weights, KV cache and workspace together; on a CPU, share of the memory that is free after loading, at most
     `max_num_seqs` sequences of `max_model_len` tokens and 4 GiB, unless `kv_cache_memory_bytes` says otherwise.
+    `batch_invariant` (not one of vLLM's arguments): logits must be the same bits whatever else a step computes, and however the
+    request got there: in chunks, from the prefix cache, after a preemption. The CPU's kernels have no other way to compute; on a
+    GPU it is refused.
     `kv_policy` (not one of vLLM's): "paged", or a baseline to compare it with, which reserves contiguous memory for whole
     sequences and has no prefix cache: "orca_oracle", "orca_pow2", "orca_max", "static_batch".
     """
@@ -66,6 +69,7 @@ class EngineConfig:
     preemption_mode: str = "auto"
     pinned_prefixes: Sequence[str | Sequence[int]] = ()
     enforce_eager: bool = False
+    batch_invariant: bool = False
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     num_threads: int | None = None

@@ -98,6 +98,7 @@ def test_vllms_other_arguments_are_taken_where_they_change_nothing(caplog: pytes
         ),
         ({"model": "x", "pinned_prefixes": [""]}, r"pinned_prefixes\[0\] must be a text .*, got ''"),
         ({"model": "x", "enforce_eager": "yes"}, "enforce_eager must be true or false, got 'yes'"),
+        ({"model": "x", "batch_invariant": 1}, "batch_invariant must be true or false, got 1"),
         ({"model": "x", "trust_remote_code": True}, "trust_remote_code must be false"),
         ({"model": "x", "tensor_parallel_size": 2}, "tensor_parallel_size must be 1"),
     ],

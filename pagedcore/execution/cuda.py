@@ -61,6 +61,14 @@ def cuda_dtype(asked: str, checkpoint: str) -> torch.dtype:
     return _DTYPES[asked]
 
 
+def check_batch_invariance(config: EngineConfig) -> None:
+    """Refuse what no GPU step promises: its kernels and cuBLAS choose their sums' order by the batch. Raises ConfigError."""
+    if config.batch_invariant:
+        raise ConfigError(
+            "batch_invariant must be false on a GPU, got True: there, logits depend on the batch by rounding"
+        )
+
+
 def captured_sizes(max_num_seqs: int, max_num_batched_tokens: int, num_weights: float) -> StepSizes:
     """The sizes for which steps of a model are captured.
 
@@ -124,6 +132,7 @@ class CudaExecutor:
         max_num_batched_tokens: int,
     ) -> None:
         """Load the model from `folder`, allocate all memory and capture the graphs. Raises ConfigError."""
+        check_batch_invariance(config)
         _check_kernels_serve(model_config, config.block_size)
         self._device = torch.device("cuda", config.device_index)
         placement = Placement(cuda_dtype(config.dtype, model_config.dtype), self._device)

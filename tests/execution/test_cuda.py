@@ -13,7 +13,7 @@ import transformers
 from pagedcore import LLM, SamplingParams
 from pagedcore.config import EngineConfig
 from pagedcore.errors import ConfigError
-from pagedcore.execution.cuda import CudaExecutor, captured_sizes, cuda_dtype
+from pagedcore.execution.cuda import CudaExecutor, captured_sizes, check_batch_invariance, cuda_dtype
 from pagedcore.execution.kv_cache import GRAPH_BYTES, MemoryPlan, plan_gpu_memory
 from pagedcore.serve.default_model import ensure_default_model
 from tests.models import tiny
@@ -56,6 +56,12 @@ def test_dtype_on_a_gpu() -> None:
     assert cuda_dtype("auto", "float32") is torch.bfloat16
     with pytest.raises(ConfigError, match=r"dtype must be one of auto, bfloat16, float16 on a GPU, got 'float32'"):
         cuda_dtype("float32", "float32")
+
+
+def test_batch_invariance_is_not_promised_on_a_gpu() -> None:
+    check_batch_invariance(EngineConfig(model="x"))
+    with pytest.raises(ConfigError, match=r"batch_invariant must be false on a GPU, got True"):
+        check_batch_invariance(EngineConfig(model="x", batch_invariant=True))
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:

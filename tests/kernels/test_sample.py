@@ -123,17 +123,40 @@ def test_a_long_tail_of_unlikely_tokens_counts_in_top_p(instruction_set: str) ->
     assert len(set(tokens.tolist())) > 10
 
 
-@pytest.mark.parametrize(
-    ("draw", "vary_seed"),
-    [
-        (Draw(), False),
-        (Draw(), True),
-        (Draw(temperature=0.6), False),
-        (Draw(top_k=25, top_p=0.9, temperature=1.3), True),
-        (Draw(min_p=0.02), False),
-    ],
-    ids=str,
+MIXES = tuple(
+    Draw(temperature, top_k, top_p, min_p)
+    for temperature, top_k, top_p, min_p in (
+        (1.0, 0, 1.0, 0.0),
+        (0.3, 0, 1.0, 0.0),
+        (0.6, 0, 1.0, 0.0),
+        (7.0, 0, 1.0, 0.0),
+        (1.0, 2, 1.0, 0.0),
+        (1.0, 7, 1.0, 0.0),
+        (2.0, 50, 1.0, 0.0),
+        (0.5, 99, 1.0, 0.0),
+        (1.0, 1000, 1.0, 0.0),
+        (1.0, 0, 0.3, 0.0),
+        (1.0, 0, 0.75, 0.0),
+        (1.5, 0, 0.95, 0.0),
+        (0.4, 0, 0.999, 0.0),
+        (1.0, 0, 1.0, 0.02),
+        (1.0, 0, 1.0, 0.3),
+        (3.0, 0, 1.0, 0.1),
+        (1.3, 25, 0.9, 0.0),
+        (0.8, 10, 0.6, 0.0),
+        (2.5, 60, 0.99, 0.0),
+        (1.0, 30, 1.0, 0.05),
+        (0.7, 5, 1.0, 0.01),
+        (1.0, 0, 0.9, 0.05),
+        (2.0, 0, 0.8, 0.2),
+        (2.0, 40, 0.9, 0.1),
+        (1.1, 15, 0.97, 0.001),
+    )
 )
+
+
+@pytest.mark.parametrize("draw", MIXES, ids=str)
+@pytest.mark.parametrize("vary_seed", [False, True], ids=["by draw", "by seed"])
 def test_distribution(draw: Draw, vary_seed: bool) -> None:
     """Chi-square over 200,000 draws, by draw index or by seed."""
     rng = np.random.default_rng(9)

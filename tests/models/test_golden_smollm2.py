@@ -84,31 +84,3 @@ def test_greedy_tokens_and_logits_equal_transformers_in_float32(
         assert not (differs & (best[:, 0] - best[:, 1] > TIE)).any()
         num_ties += int(differs.sum())
     print(f"{num_ties} of {len(prompts) * NUM_TOKENS} tokens are ties")
-
-
-def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
-    folder: Path, prompts: list[list[int]], reference: Any
-) -> None:
-    """Given transformers' own tokens: the error of our bfloat16 logits, decoded one by one, against that of its bfloat16."""
-    chosen, count = prompts[::5], 8
-    outputs = [_argmaxes(reference, prompt, count) for prompt in chosen]
-    exact = torch.stack([teacher_forced(reference, p, o) for p, o in zip(chosen, outputs, strict=True)])
-    model = PagedModel(folder, torch.bfloat16, block_size=16, num_blocks=256)
-    rows = [model.add(prompt + output) for prompt, output in zip(chosen, outputs, strict=True)]
-    steps = [model.logits(rows, [len(prompt) for prompt in chosen])]
-    steps += [model.logits(rows, [1] * len(rows)) for _ in range(count - 1)]
-    ours = (torch.stack(steps, dim=1) - exact).abs()
-    half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    theirs = torch.stack([teacher_forced(half, p, o) for p, o in zip(chosen, outputs, strict=True)])
-    theirs = (theirs - exact).abs()
-    print(f"mean error {ours.mean() / theirs.mean():.2f}, largest {ours.max() / theirs.max():.2f} of transformers'")
-    assert ours.mean() <= 1.25 * theirs.mean()
-    assert ours.max() <= 1.25 * theirs.max()
-
-
-@torch.inference_mode()
-def _argmaxes(reference: Any, prompt: list[int], count: int) -> list[int]:
-    """`count` tokens to continue with: transformers' greedy ones."""
-    generated = reference.generate(torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    tokens: list[int] = generated[0, len(prompt) :].tolist()
-    return tokens
