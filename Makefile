@@ -1,7 +1,7 @@
-# make serve | install | test | check | sim | fuzz | faults | soak | bench | paper | paper-gpu | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
+# make serve | install | test | check | sim | fuzz | faults | exactness | soak | bench | paper | paper-gpu | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve install test check sim fuzz faults soak bench paper paper-gpu asan cuda clean setup-serve setup-test setup-bench
+.PHONY: help setup serve install test check sim fuzz faults exactness soak bench paper paper-gpu asan cuda clean setup-serve setup-test setup-bench
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
@@ -34,6 +34,7 @@ help:
 	@echo "make sim     the engine in a simulated world, $(SEEDS) seeds (SEEDS= ARGS='--seconds 60'); a failing one is made small and shown"
 	@echo "make fuzz    random requests to the parser and to a server (ARGS='--cases 10000 --server-cases 500'); a faulty one is made small and shown"
 	@echo "make faults  what goes wrong in service, one after the other, and what comes of it"
+	@echo "make exactness  tokens, logits and their bits against transformers and under many schedules"
 	@echo "make soak    100,000 mixed requests to a server, and what they leave behind (ARGS='--requests 5000 --overload 10')"
 	@echo "make bench   the CPU benchmarks, written to benchmarks/results"
 	@echo "make paper   the PagedAttention paper's experiments that need no GPU, written to docs/paper.md"
@@ -82,6 +83,9 @@ fuzz: setup-test
 faults: setup-test
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'
 	$(VENV_BIN)/python -m tests.faults $(ARGS)
+
+exactness: setup-test
+	$(VENV_BIN)/python -m tests.exactness $(ARGS)
 
 soak: setup-bench
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'

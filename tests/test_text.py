@@ -265,6 +265,34 @@ def test_output_text_ends_at_the_token_that_completes_the_stop_string(
     assert output.num_tokens == (len(ids) if at < 0 else needed)
 
 
+@pytest.mark.parametrize("name", ["smollm2", "byte_level"])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), include=st.booleans())
+def test_stop_strings_in_random_bytes_match_brute_force(
+    loaded: dict[str, Tokenizer], name: str, data: st.DataObject, include: bool
+) -> None:
+    """Random tokens, most of them single bytes and so broken UTF-8, and stop strings cut from the text they make."""
+    tokenizer = loaded[name]
+    single_bytes = [i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1]
+    token_id = st.integers(0, tokenizer.vocab_size - 1) | st.sampled_from(single_bytes)
+    ids = data.draw(st.lists(token_id, min_size=1, max_size=30))
+    text = tokenizer.decode(ids)
+    cuts = data.draw(st.lists(st.tuples(st.integers(0, len(text)), st.integers(1, 4)), max_size=3))
+    stops = [text[begin : begin + size] for begin, size in cuts if text[begin:]] or ["no such text"]
+    ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))]
+    matched = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len) if ends else None
+    expected = text if matched is None else text[: ends[0] - (0 if include else len(matched))]
+
+    output = OutputText(tokenizer, [], stop=stops, include_stop_str_in_output=include)
+    shown = ""
+    for i, token in enumerate(ids):
+        shown += output.push([token], final=i == len(ids) - 1)
+        assert expected.startswith(shown)
+        if output.stopped_by is not None:
+            break
+    assert (shown, output.stopped_by) == (expected, matched)
+
+
 def test_the_stop_tokens_own_text_is_hidden(loaded: dict[str, Tokenizer]) -> None:
     tokenizer = loaded["smollm2"]
     ids = tokenizer.encode("one two")

@@ -91,7 +91,8 @@ def _close(model: transformers.PreTrainedModel, prompt: list[int], output: list[
     differs = logits.argmax(dim=1) != torch.tensor(output)
     if (differs & (gap >= TIE)).any():
         raise RuntimeError("transformers disagrees with itself on a token that is no tie")
-    return (gap < TIE).nonzero().flatten().tolist()
+    positions: list[int] = (gap < TIE).nonzero().flatten().tolist()
+    return positions
 
 
 def main() -> int:
