@@ -13,7 +13,7 @@ from pagedcore.llm import RequestOutput
 from pagedcore.serve.default_model import ensure_default_model
 
 NUM_LOGPROBS = 50
-NUM_TOKENS = 24
+NUM_TOKENS = 16
 # Shorter and longer than a chunk of the attention kernels (256), and around its boundary.
 LENGTHS = (1, 17, 250, 256, 300, 530, 96, 256)
 SHARED = 100  # the last three prompts begin alike
@@ -28,26 +28,27 @@ class Schedule:
     preempts: bool = False
     swaps: bool = False
     twice: bool = False  # the prompts come again, and are found in the prefix cache
+    is_quick: bool = True  # runs with the tests; the others differ little from one that does
 
 
 WITHOUT_GRAPHS = Schedule("without graphs", {"enforce_eager": True})
 SCHEDULES = (
     Schedule("batched"),
-    Schedule("chunks of 16", {"max_num_batched_tokens": 16}),
+    Schedule("chunks of 16", {"max_num_batched_tokens": 16}, is_quick=False),
     Schedule("chunks of 37", {"max_num_batched_tokens": 37}),
     Schedule("blocks of 1", {"block_size": 1, "num_gpu_blocks_override": 6096}),
-    Schedule("blocks of 64", {"block_size": 64, "num_gpu_blocks_override": 64}),
-    Schedule("prefix cache", twice=True),
+    Schedule("blocks of 64", {"block_size": 64, "num_gpu_blocks_override": 64}, is_quick=False),
+    Schedule("prefix cache", twice=True, is_quick=False),
     Schedule("prefix cache, chunks of 37", {"max_num_batched_tokens": 37}, twice=True),
     Schedule("recomputed", {"num_gpu_blocks_override": 60, "enable_prefix_caching": False}, preempts=True),
-    Schedule("recomputed, prefix cache", {"num_gpu_blocks_override": 60}, preempts=True),
+    Schedule("recomputed, prefix cache", {"num_gpu_blocks_override": 60}, preempts=True, is_quick=False),
     Schedule(
         "swapped",
         {"num_gpu_blocks_override": 60, "swap_space": 0.1, "preemption_mode": "swap", "enable_prefix_caching": False},
         preempts=True,
         swaps=True,
     ),
-    Schedule("one step at a time", {"async_scheduling": False}),
+    Schedule("one step at a time", {"async_scheduling": False}, is_quick=False),
     WITHOUT_GRAPHS,
     Schedule("one thread", {"num_threads": 1}),
 )
