@@ -36,7 +36,7 @@ SCHEDULES = (
     Schedule("batched"),
     Schedule("chunks of 16", {"max_num_batched_tokens": 16}, is_quick=False),
     Schedule("chunks of 37", {"max_num_batched_tokens": 37}),
-    Schedule("blocks of 1", {"block_size": 1, "num_gpu_blocks_override": 6096}),
+    Schedule("blocks of 1", {"block_size": 1, "num_gpu_blocks_override": 4096}),
     Schedule("blocks of 64", {"block_size": 64, "num_gpu_blocks_override": 64}, is_quick=False),
     Schedule("prefix cache", twice=True, is_quick=False),
     Schedule("prefix cache, chunks of 37", {"max_num_batched_tokens": 37}, twice=True),
