@@ -13,7 +13,7 @@ from pagedcore.llm import RequestOutput
 from pagedcore.serve.default_model import ensure_default_model
 
 NUM_LOGPROBS = 50
-NUM_TOKENS = 16
+NUM_TOKENS = 24
 # Shorter and longer than a chunk of the attention kernels (256), and around its boundary.
 LENGTHS = (1, 17, 250, 256, 300, 530, 96, 256)
 SHARED = 100  # the last three prompts begin alike
