@@ -61,7 +61,7 @@ def cuda_dtype(asked: str, checkpoint: str) -> torch.dtype:
     return _DTYPES[asked]
 
 
-def check_batch_invariance(config: EngineConfig) -> None:
+def _check_batch_invariance(config: EngineConfig) -> None:
     """Refuse what no GPU step promises: its kernels and cuBLAS choose their sums' order by the batch. Raises ConfigError."""
     if config.batch_invariant:
         raise ConfigError(
@@ -132,7 +132,7 @@ class CudaExecutor:
         max_num_batched_tokens: int,
     ) -> None:
         """Load the model from `folder`, allocate all memory and capture the graphs. Raises ConfigError."""
-        check_batch_invariance(config)
+        _check_batch_invariance(config)
         _check_kernels_serve(model_config, config.block_size)
         self._device = torch.device("cuda", config.device_index)
         placement = Placement(cuda_dtype(config.dtype, model_config.dtype), self._device)

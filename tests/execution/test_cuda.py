@@ -13,8 +13,9 @@ import transformers
 from pagedcore import LLM, SamplingParams
 from pagedcore.config import EngineConfig
 from pagedcore.errors import ConfigError
-from pagedcore.execution.cuda import CudaExecutor, captured_sizes, check_batch_invariance, cuda_dtype
+from pagedcore.execution.cuda import CudaExecutor, captured_sizes, cuda_dtype
 from pagedcore.execution.kv_cache import GRAPH_BYTES, MemoryPlan, plan_gpu_memory
+from pagedcore.models.config import ModelConfig
 from pagedcore.serve.default_model import ensure_default_model
 from tests.models import tiny
 
@@ -58,10 +59,11 @@ def test_dtype_on_a_gpu() -> None:
         cuda_dtype("float32", "float32")
 
 
-def test_batch_invariance_is_not_promised_on_a_gpu() -> None:
-    check_batch_invariance(EngineConfig(model="x"))
+def test_batch_invariance_is_not_promised_on_a_gpu(tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path)
+    config = EngineConfig(model=str(tmp_path), batch_invariant=True)
     with pytest.raises(ConfigError, match=r"batch_invariant must be false on a GPU, got True"):
-        check_batch_invariance(EngineConfig(model="x", batch_invariant=True))
+        CudaExecutor(config, ModelConfig.from_folder(tmp_path), tmp_path, 64, 64)
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
