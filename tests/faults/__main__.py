@@ -24,7 +24,18 @@ def run(folder: Path) -> dict[str, list[bool]]:
     names = list(dict.fromkeys(name for fault in FAULTS for name in fault.tests))
     report_file = folder / "report.xml"
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", f"--junitxml={report_file}", *names],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "slow or not slow",
+            f"--junitxml={report_file}",
+            "-o",
+            "junit_family=xunit1",
+            *names,
+        ],
         cwd=report.ROOT,
         check=False,
     )

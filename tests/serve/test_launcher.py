@@ -210,9 +210,12 @@ def test_a_signal_while_loading_leaves_nothing(echo_repository: Path) -> None:
 
 def test_a_server_that_dies_ends_the_command_with_an_error(echo_repository: Path, tmp_path: Path) -> None:
     with _served(echo_repository, _free_ports(), tmp_path / "output") as process:
-        for identifier in processes_with(f"pagedcore_{process.pid}_"):
-            if Path(f"/proc/{identifier}/exe").resolve().name == "tritonserver":
-                os.kill(identifier, signal.SIGKILL)
+        (server,) = [
+            identifier
+            for identifier in processes_with(f"pagedcore_{process.pid}_")
+            if Path(f"/proc/{identifier}/exe").resolve().name == "tritonserver"
+        ]
+        os.kill(server, signal.SIGKILL)
         assert process.wait(30) == 1
     assert "error: tritonserver stopped: " in (tmp_path / "output").read_text()
 
