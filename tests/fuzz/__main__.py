@@ -32,6 +32,7 @@ from tests.triton.conftest import write_repository
 
 BATCH = 10_000
 SERVER_BATCH = 500
+NUM_BLOCKS = 128  # so few that all have been written to, and are resident memory, after the first batch
 GOAL_CASES = 1_000_000
 GOAL_SERVER_CASES = 10_000
 GOAL_CASES_PER_SECOND = 500
@@ -85,7 +86,7 @@ def fuzz_parser(progress: Progress, first: int, num_cases: int, seconds: float) 
 def fuzz_server(progress: Progress, first: int, num_cases: int) -> None:
     """The table of bad inputs, then random bodies and messages, all beside a good request."""
     with tempfile.TemporaryDirectory() as folder:
-        repository = write_repository(Path(folder))
+        repository = write_repository(Path(folder), num_gpu_blocks_override=NUM_BLOCKS)
         with TritonServer(repository, log_path=Path(folder, "log")) as running:
             with server.neighbour(running):
                 server.refusal_seconds(running)  # the first of each kind take longer
