@@ -57,6 +57,7 @@ class TritonServer:
         self.shm_prefix = f"pagedcore_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
         self._exit_timeout = exit_timeout
         self._extra_args = list(extra_args)
+        self._has_metrics = "--allow-metrics=false" not in extra_args
         self._installation = installation
         self._ready_timeout = ready_timeout
         self._guard: subprocess.Popen[bytes] | None = None
@@ -94,13 +95,13 @@ class TritonServer:
             )
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Wait until every model is ready.
+        """Wait until every model is ready and the metrics endpoint, which tritonserver opens last, takes connections.
 
         Raises:
             SetupError: the server ended, with the reason from its log, or `timeout` seconds passed.
         """
         deadline = time.monotonic() + timeout
-        while not self.is_ready():
+        while not (self.is_ready() and (not self._has_metrics or self._takes_connections(self.metrics_port))):
             if not self.is_running():
                 raise SetupError(f"tritonserver stopped: {self.failure_reason()} (log: {self.log_path})")
             if time.monotonic() > deadline:
@@ -121,6 +122,13 @@ class TritonServer:
             return False
         finally:
             connection.close()
+
+    def _takes_connections(self, port: int) -> bool:
+        try:
+            socket.create_connection((self.host, port), timeout=5).close()
+        except OSError:
+            return False
+        return True
 
     def stub_processes(self) -> list[int]:
         """Ids of the processes that the server's models live in."""
