@@ -16,6 +16,8 @@ class Fault:
 
 _INJECTED = "tests/faults/test_injected.py::"
 _CLIENTS = "tests/faults/test_clients.py::"
+_RESOURCES = "tests/faults/test_resources.py::"
+_FILES = "tests/faults/test_files.py::"
 _LAUNCHER = "tests/serve/test_launcher.py::"
 _SERVER = "tests/serve/test_triton_server.py::"
 _LIFECYCLE = "tests/triton/test_lifecycle.py::"
@@ -55,6 +57,11 @@ FAULTS = (
         "every stream goes on where it was",
         (f"{_CLIENTS}test_a_stopped_process_goes_on_where_it_was",),
     ),
+    Fault(
+        "the model's process is killed (-9) or crashes (SEGV) under a bare tritonserver, with streams open",
+        "new requests are refused; the streams end at their clients' deadlines; nothing is left when the server ends",
+        (f"{_RESOURCES}test_what_clients_see_of_a_crash_without_the_launcher",),
+    ),
     Fault("SIGTERM while loading", "nothing is left", (f"{_LAUNCHER}test_a_signal_while_loading_leaves_nothing",)),
     Fault(
         "SIGTERM, SIGINT, SIGHUP while serving",
@@ -69,6 +76,11 @@ FAULTS = (
             f"{_LAUNCHER}test_ctrl_c_ends_a_real_answer_with_an_error_and_leaves_nothing",
             f"{_THREAD}test_draining_ends_what_outlasts_its_patience",
         ),
+    ),
+    Fault(
+        "SIGTERM again and again while draining",
+        "open streams end with an error that says so, nothing is left",
+        (f"{_RESOURCES}test_a_second_signal_while_draining_changes_nothing",),
     ),
     Fault(
         "SIGTERM with an idle gRPC stream open",
@@ -215,6 +227,39 @@ FAULTS = (
         "metrics switched off",
         "not a line is shown, requests are served",
         (f"{_LIFECYCLE}test_without_metrics_not_a_line_is_shown",),
+    ),
+    Fault(
+        "forged safetensors: lengths, offsets, shapes, dtypes, nesting",
+        "refused by name",
+        (
+            f"{_FILES}test_forged_safetensors_are_refused_by_name",
+            f"{_FILES}test_a_checkpoint_of_integers_is_refused_by_name",
+        ),
+    ),
+    Fault(
+        "truncated or forged tokenizer.json",
+        "refused by name",
+        (f"{_FILES}test_forged_tokenizers_are_refused_by_name",),
+    ),
+    Fault(
+        "a full disk under the log",
+        "requests are served",
+        (f"{_RESOURCES}test_a_log_that_cannot_be_written_is_not_needed",),
+    ),
+    Fault(
+        "standard output is closed",
+        "requests are served",
+        (f"{_RESOURCES}test_a_closed_standard_output_is_not_needed",),
+    ),
+    Fault(
+        "the server is at its limit of open files",
+        "new connections wait or are refused, running requests go on",
+        (f"{_RESOURCES}test_at_the_limit_of_open_files_running_requests_go_on",),
+    ),
+    Fault(
+        "/dev/shm is full",
+        "a request that does not fit is refused, others are served",
+        (f"{_RESOURCES}test_a_full_dev_shm_fails_what_does_not_fit_and_nothing_else",),
     ),
     Fault("the disk is full", "said in one line", (f"{_LAUNCHER}test_a_full_disk_is_said_in_one_line",)),
     Fault(
