@@ -114,5 +114,8 @@ def test_an_urgent_request_goes_first_and_takes_the_row_of_a_less_urgent_one(sma
         stream.send(HELLO)
         wait_until(lambda: gauge(small_server, "waiting") == 1)
         assert generate(small_server.http_url, urgent) == alone
-        assert gauge(small_server, "waiting") == 1, "the one that is as urgent as those that run still waits"
+        wait_until(lambda: gauge(small_server, "waiting") == 1)
         stream.cancel()
+        wait_until(lambda: gauge(small_server, "waiting") == 0)
+        assert stream.arrived() == [], "the one that is only as urgent as those that run has waited"
+        assert gauge(small_server, "running") == 4
