@@ -1,7 +1,7 @@
-# make serve | install | test | check | sim | fuzz | faults | exactness | soak | bench | paper | paper-gpu | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
+# make serve | install | test | check | sim | fuzz | faults | exactness | soak | audit | bench | paper | paper-gpu | asan | cuda | clean: each makes .venv first and needs only Python 3.10-3.12 and g++.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve install test check sim fuzz faults exactness soak bench paper paper-gpu asan cuda clean setup-serve setup-test setup-bench
+.PHONY: help setup serve install test check sim fuzz faults exactness soak audit bench paper paper-gpu asan cuda clean setup-serve setup-test setup-bench
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
@@ -36,6 +36,7 @@ help:
 	@echo "make faults  what goes wrong in service, one after the other, and what comes of it"
 	@echo "make exactness  tokens, logits and their bits against transformers and under many schedules"
 	@echo "make soak    100,000 mixed requests to a server, and what they leave behind (ARGS='--requests 5000 --overload 10')"
+	@echo "make audit   known vulnerabilities of what serving installs, by pip-audit (ARGS='--advisories FOLDER' without a network)"
 	@echo "make bench   the CPU benchmarks, written to benchmarks/results"
 	@echo "make paper   the PagedAttention paper's experiments that need no GPU, written to docs/paper.md"
 	@echo "make paper-gpu  those that need one, part by part in at most 9 minutes (ARGS='--part fig12 --minutes 5'); 'make paper' draws them"
@@ -90,6 +91,9 @@ exactness: setup-test
 soak: setup-bench
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'
 	$(VENV_BIN)/python -m tests.soak $(ARGS)
+
+audit: setup-test
+	$(VENV_BIN)/python -m tests.audit $(ARGS)
 
 bench: setup-bench
 	@$(VENV_BIN)/python -m pagedcore.serve --prepare --tritonserver '$(TRITONSERVER)'

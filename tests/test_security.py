@@ -13,7 +13,9 @@ from tests.test_layering import imports_of, sources
 
 RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "runpy", "code"}
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen"}
-ATTRIBUTES = {"torch.load", "torch.save", "np.load", "numpy.load", "os.system", "os.popen"}
+ATTRIBUTES = {"torch.load", "torch.save", "np.load", "numpy.load", "os.system", "os.popen"} | {
+    f"torch.{name}" for name in ("jit.load", "jit.script", "hub.load", "export.load")
+}
 
 
 def violations(path: Path) -> list[str]:
@@ -44,9 +46,10 @@ def test_the_search_finds_what_it_looks_for(tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text(
         "import pickle\nfrom yaml import load\nimport torch, os, subprocess\n"
-        "torch.load('x')\nos.system('x')\neval('1')\nsubprocess.run('x', shell=True)\nf(trust_remote_code=True)\n"
+        "torch.load('x')\ntorch.export.load('x')\n"
+        "os.system('x')\neval('1')\nsubprocess.run('x', shell=True)\nf(trust_remote_code=True)\n"
     )
-    assert len(violations(bad)) == 8
+    assert len(violations(bad)) == 9
 
 
 def test_code_from_a_model_folder_is_refused() -> None:
