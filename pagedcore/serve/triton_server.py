@@ -196,13 +196,15 @@ def child_environment(libpython: Path) -> dict[str, str]:
     """Environment for tritonserver and its stubs.
 
     The stub embeds Python, which takes the first `python3` on PATH for its own executable and so finds this virtual
-    environment. OpenMP threads sleep instead of spinning, because server, stub and clients share the cores.
+    environment. OpenMP threads sleep instead of spinning, because server, stub and clients share the cores. Memory comes from
+    few arenas of malloc, unless the caller's environment says how many: of one for each thread, each keeps what it once held.
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
     environment["PATH"] = f"{sys.prefix}/bin:{environment.get('PATH', '/usr/bin:/bin')}"
     inherited = environment.get("LD_LIBRARY_PATH")
     environment["LD_LIBRARY_PATH"] = f"{libpython.parent}:{inherited}" if inherited else str(libpython.parent)
     environment.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0", KMP_BLOCKTIME="0", HF_HUB_OFFLINE="1")
+    environment.setdefault("MALLOC_ARENA_MAX", "2")
     return environment
 
 

@@ -29,7 +29,8 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             text = pb.get_input_tensor_by_name(request, "text_input").as_numpy()[0].decode()
-            facts = {"echo": text, "prefix": sys.prefix, "omp": os.environ["OMP_WAIT_POLICY"], "stub_pid": os.getpid()}
+            facts = {"echo": text, "prefix": sys.prefix, "omp": os.environ["OMP_WAIT_POLICY"],
+                     "arenas": os.environ["MALLOC_ARENA_MAX"], "stub_pid": os.getpid()}
             value = np.array([repr(facts).encode()], dtype=object)
             response = pb.InferenceResponse([pb.Tensor("text_output", value)])
             request.get_response_sender().send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

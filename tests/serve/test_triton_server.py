@@ -38,6 +38,7 @@ def test_serves_in_this_environment_and_leaves_nothing(echo_repository: Path) ->
         assert facts["echo"] == "héllo"
         assert facts["prefix"] == sys.prefix
         assert facts["omp"] == "PASSIVE"
+        assert facts["arenas"] == "2"
         assert facts["stub_pid"] in processes_with(server.shm_prefix)
         assert shared_memory_with(server.shm_prefix)
         with urllib.request.urlopen(server.metrics_url, timeout=10) as metrics:

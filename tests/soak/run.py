@@ -49,13 +49,15 @@ class Soak:
     async def run(self, num_requests: int, overload_seconds: float) -> None:
         """All of it; `faults` says what went wrong."""
         clients = Clients(self._server)
-        await self._keep_busy(clients, max(int(WARM_UP * num_requests), MIN_WARM_UP))
+        # By twice as many clients: what grows to its highest use and stays there, as shared memory does, has grown then.
+        warm_up = max(int(WARM_UP * num_requests), MIN_WARM_UP)
+        await self._keep_busy(clients, warm_up, 2 * self._num_clients)
         self.before = await asyncio.to_thread(idle_sample, self._server)
         self.outcomes.clear()
         self.told.clear()
         self._begin = time.monotonic()
         watching = asyncio.create_task(self._watch())
-        await self._keep_busy(clients, num_requests)
+        await self._keep_busy(clients, num_requests, self._num_clients)
         self.seconds = time.monotonic() - self._begin
         watching.cancel()
         self.after = await asyncio.to_thread(idle_sample, self._server, self.before)
@@ -64,7 +66,7 @@ class Soak:
             await self._overload(clients, overload_seconds)
         await clients.close()
 
-    async def _keep_busy(self, clients: Clients, num_requests: int) -> None:
+    async def _keep_busy(self, clients: Clients, num_requests: int, num_at_once: int) -> None:
         """So many requests, a fixed number of them at a time."""
         left = iter(range(num_requests))
 
@@ -72,7 +74,7 @@ class Soak:
             for _ in left:
                 await self._ask(clients, self._traffic.next())
 
-        await asyncio.gather(*(client() for _ in range(self._num_clients)))
+        await asyncio.gather(*(client() for _ in range(num_at_once)))
 
     async def _ask(self, clients: Clients, request: SoakRequest) -> Reply:
         reply = await clients.send(request)
