@@ -143,6 +143,7 @@ class TritonPythonModel:
             model_name=self._model_name,
             request_id=request.request_id(),
         )
+        self._engine.check_room()  # under overload, most requests need not be tokenized
         params = generate.sampling_params
         max_model_len = self._loaded.max_model_len
         limit = max_model_len - 1 if params.truncate_prompt_tokens is None else None
@@ -208,7 +209,8 @@ class TritonPythonModel:
         )
 
     def _count_refused(self, code: ErrorCode) -> None:
-        if self._metrics is not None:
+        """Count what the engine has not seen, and so has not counted."""
+        if self._metrics is not None and code is not ErrorCode.UNAVAILABLE:
             reason = RefusalReason.INVALID.value if code is ErrorCode.INVALID_ARG else INTERNAL
             self._metrics.count_refused(reason)
 

@@ -103,11 +103,15 @@ class EngineThread:
                 raise
             # Else the engine's end or the deadline came in between, and has answered it.
 
+    def check_room(self) -> None:
+        """Raise OverloadedError or EngineDeadError if no request can be taken now, before work is put into one."""
+        with self._lock:
+            self._check_open()
+            self._check_queue(None)
+
     def _post_request(self, request: Request) -> None:
         with self._lock:
-            if self._closed or self._draining:
-                self._refused[RefusalReason.STOPPED] += 1
-                raise self._end_error()
+            self._check_open()
             self._check_queue(len(request.prompt_token_ids))
             self._num_posted += 1
             self._num_posted_tokens += len(request.prompt_token_ids)
@@ -129,9 +133,17 @@ class EngineThread:
             self._inbox.append(item)
         self._wake.set()
 
-    def _check_queue(self, num_tokens: int) -> None:
+    def _check_open(self) -> None:
+        if self._closed or self._draining:
+            self._refused[RefusalReason.STOPPED] += 1
+            raise self._end_error()
+
+    def _check_queue(self, num_tokens: int | None) -> None:
+        """`num_tokens`: of the prompt; None: not known yet, so that only the number of requests can be too large."""
         waiting = self._engine.scheduler.waiting
         num_waiting, num_waiting_tokens = self._num_posted + len(waiting), self._num_posted_tokens + waiting.num_tokens
+        if num_tokens is None:
+            num_waiting_tokens = num_tokens = 0
         reason = self._limits.refusal(num_waiting, num_waiting_tokens, num_tokens)
         if reason is not None:
             self._refused[reason] += 1

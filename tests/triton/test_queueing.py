@@ -68,6 +68,7 @@ def test_a_full_queue_answers_unavailable_with_the_numbers(small_server: TritonS
             queued.cancel()
     growth.wait_for("pagedcore:requests_refused_total", 2, reason="queue_size")
     growth.wait_for("pagedcore:requests_refused_total", 1, reason="queue_tokens")
+    assert growth.of("pagedcore:requests_refused_total", reason="internal") == 0
     assert generate(small_server.http_url, HELLO).error is None
 
 
