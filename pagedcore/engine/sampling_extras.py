@@ -24,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pagedcore._core import copy_tokens
+from pagedcore.engine.parameter_values import MAX_LOGIT_BIASES
 from pagedcore.engine.sampling_params import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORDS,
-    MAX_LOGIT_BIASES,
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )

@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pagedcore.engine.parameter_values import as_items, check_logit_bias, check_token_ids, is_integer
 from pagedcore.errors import RequestError, shown
 
 GREEDY_TEMPERATURE = 1e-5  # below it, sampling is greedy
@@ -25,8 +26,6 @@ MIN_BEAM_WIDTH = 2
 MAX_LENGTH_PENALTY = 5.0
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LENGTH = 1024
-MAX_LOGIT_BIAS = 100.0
-MAX_LOGIT_BIASES = 1024
 MAX_ALLOWED_TOKEN_IDS = 1024
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 MAX_TENANT_LENGTH = 128
@@ -256,13 +255,13 @@ class SamplingParams:
             return
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # JSON writers may make 8.0 of 8
-        if not _is_integer(value, low, high):
+        if not is_integer(value, low, high):
             raise RequestError(f"{name} must be an integer in [{low}, {high_name or high}], got {shown(value)}")
         object.__setattr__(self, name, int(value))
 
     def _check_stop(self) -> None:
         given: Any = self.stop
-        strings = (given,) if isinstance(given, str) else _items("stop", given, "text or a list of texts")
+        strings = (given,) if isinstance(given, str) else as_items("stop", given, "text or a list of texts")
         if len(strings) > MAX_STOP_STRINGS:
             raise RequestError(f"stop must hold at most {MAX_STOP_STRINGS} texts, got {len(strings)}")
         for text in strings:
@@ -275,11 +274,11 @@ class SamplingParams:
 
     def _check_stop_token_ids(self) -> None:
         object.__setattr__(
-            self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+            self, "stop_token_ids", check_token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         )
 
     def _check_token_rules(self) -> None:
-        words = _items("bad_words", self.bad_words, "a list of texts")
+        words = as_items("bad_words", self.bad_words, "a list of texts")
         if len(words) > MAX_BAD_WORDS:
             raise RequestError(f"bad_words must hold at most {MAX_BAD_WORDS} texts, got {len(words)}")
         for word in words:
@@ -287,9 +286,9 @@ class SamplingParams:
                 limit = f"at most {MAX_BAD_WORD_LENGTH} characters, not only spaces"
                 raise RequestError(f"bad_words must hold texts of {limit}, got {shown(word)}")
         object.__setattr__(self, "bad_words", words)
-        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        object.__setattr__(self, "logit_bias", check_logit_bias(self.logit_bias))
         if self.allowed_token_ids is not None:
-            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+            allowed = check_token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
             if not allowed:
                 raise RequestError("allowed_token_ids must hold at least 1 id, got []")
             object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(allowed)))
@@ -347,50 +346,6 @@ class SamplingParams:
             object.__setattr__(self, "seed", None)
         penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
         object.__setattr__(self, "has_penalties", any(penalty != 0.0 for penalty in penalties))
-
-
-def _is_integer(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
-
-
-def _items(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise RequestError(f"{name} must be {wanted}, got {shown(value)}")
-    return tuple(value)
-
-
-def _token_ids(name: str, value: Any, limit: int) -> tuple[int, ...]:
-    ids = _items(name, value, "a list of token ids")
-    if len(ids) > limit:
-        raise RequestError(f"{name} must hold at most {limit} ids, got {len(ids)}")
-    for token_id in ids:
-        if not _is_integer(token_id, 0, MAX_TOKENS):
-            raise RequestError(f"{name} must hold token ids (integers from 0 up), got {shown(token_id)}")
-    return tuple(int(token_id) for token_id in ids)
-
-
-def _logit_bias(value: Any) -> tuple[tuple[int, float], ...] | None:
-    """The biases by ascending token id, the keys of a JSON object being texts; None for none."""
-    pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, tuple) else None
-    if pairs is None and value is not None:
-        raise RequestError(f"logit_bias must be an object of biases by token id, got {shown(value)}")
-    if pairs is not None and len(pairs) > MAX_LOGIT_BIASES:
-        raise RequestError(f"logit_bias must hold at most {MAX_LOGIT_BIASES} token ids, got {len(pairs)}")
-    biases: dict[int, float] = {}
-    for key, bias in pairs or ():
-        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10 else key
-        if not _is_integer(token_id, 0, MAX_TOKENS):
-            raise RequestError(f"logit_bias must have token ids (integers from 0 up) as keys, got {shown(key)}")
-        is_number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
-        if not is_number or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
-            allowed = f"[{-MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
-            raise RequestError(f"logit_bias must have numbers in {allowed} as values, got {shown(bias)}")
-        if int(token_id) in biases:
-            raise RequestError(f"logit_bias must name every token id once, got {token_id} twice")
-        biases[int(token_id)] = float(bias)
-    return tuple(sorted(biases.items())) or None
 
 
 def _from_text(name: str, value: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from pagedcore.engine.engine import Engine
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
-from tests.engine.test_groups import Run, expected_outputs, make_mixed_requests, start
+from tests.engine.group_runs import Run, expected_outputs, make_mixed_requests, start
 from tests.engine.test_schedule_invariance import make_engine
 
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import report
-from tests.simulation.mutants import NATIVE_MUTANTS, PYTHON_MUTANTS, Mutant
+from tests.simulation.mutants import PYTHON_MUTANTS, Mutant
+from tests.simulation.native_mutants import NATIVE_MUTANTS
 from tests.simulation.planting import NativeMutants, planted
 
 MAX_SEEDS = 10000  # for a mutant to be found in

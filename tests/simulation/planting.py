@@ -17,7 +17,8 @@ from typing import Any
 
 import pybind11
 
-from tests.simulation.mutants import NATIVE_MUTANTS, Mutant
+from tests.simulation.mutants import Mutant
+from tests.simulation.native_mutants import NATIVE_MUTANTS
 
 PAGEDCORE = Path(__file__).resolve().parents[2] / "pagedcore"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.mutants import NATIVE_MUTANTS, PYTHON_MUTANTS, Mutant
+from tests.simulation.mutants import PYTHON_MUTANTS, Mutant
+from tests.simulation.native_mutants import NATIVE_MUTANTS
 from tests.simulation.planting import planted
 
 ROOT = Path(__file__).resolve().parents[2]
