@@ -94,6 +94,17 @@ def run_tool(command: list[str], environment: dict[str, str], folder: Path) -> N
         raise RuntimeError(f"{Path(command[0]).name} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
 
 
+def profiled(path: Path) -> Outcome:
+    """What genai-perf and aiperf export."""
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    return Outcome(
+        int(figures["request_count"]["avg"]),
+        figures["output_sequence_length"]["avg"],
+        figures["output_token_throughput"]["avg"],
+        figures["time_to_first_token"]["p50"],
+    )
+
+
 def genai_perf(target: Target) -> Outcome:
     """It sends vLLM's inputs, numbers as texts, and counts tokens by tokenizing the texts it gets."""
     environment = ensure_environment("genai-perf", ["genai-perf==0.0.16"], "genai-perf")
@@ -106,13 +117,7 @@ def genai_perf(target: Target) -> Outcome:
     ).split()
     run_tool(command, {**perf_analyzer_environment(), "HF_HUB_OFFLINE": "1"}, target.folder)
     (path,) = target.folder.glob("genai-perf/**/*_genai_perf.json")
-    figures = json.loads(path.read_text(encoding="utf-8"))
-    return Outcome(
-        int(figures["request_count"]["avg"]),
-        figures["output_sequence_length"]["avg"],
-        figures["output_token_throughput"]["avg"],
-        figures["time_to_first_token"]["p50"],
-    )
+    return profiled(path)
 
 
 def aiperf(target: Target) -> Outcome:
@@ -130,13 +135,7 @@ def aiperf(target: Target) -> Outcome:
     inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     run_tool(command, inherited, target.folder)
     (path,) = target.folder.glob("aiperf/**/profile_export_aiperf.json")
-    figures = json.loads(path.read_text(encoding="utf-8"))
-    return Outcome(
-        int(figures["request_count"]["avg"]),
-        figures["output_sequence_length"]["avg"],
-        figures["output_token_throughput"]["avg"],
-        figures["time_to_first_token"]["p50"],
-    )
+    return profiled(path)
 
 
 def compared(

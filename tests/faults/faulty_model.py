@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from pagedcore_triton.model import TritonPythonModel as Model
 
-from pagedcore._core import BlockManager
 from pagedcore.engine import memory_policy
 from pagedcore.execution.batch import block_swaps
 from pagedcore.text import OutputText
 from tests.faults import triggers
+from tests.reference.single_growth import SingleGrowth
 
 
-class RefusingBlocks(BlockManager):
+class RefusingBlocks(SingleGrowth):
     """Finds no room at every k-th request for blocks."""
 
     every = 0
@@ -24,12 +24,6 @@ class RefusingBlocks(BlockManager):
 
     def grow(self, seq_id: int, num_tokens: int, write_from: int) -> bool:
         return not self._refuses() and super().grow(seq_id, num_tokens, write_from)
-
-    def grow_many(self, seq_ids: list[int], num_tokens: list[int], write_from: list[int]) -> int:
-        for done, arguments in enumerate(zip(seq_ids, num_tokens, write_from, strict=True)):
-            if not self.grow(*arguments):
-                return done
-        return len(seq_ids)
 
     def swap_out(self, seq_ids: list[int]) -> list[tuple[int, int]] | None:
         return None if self._refuses() else super().swap_out(seq_ids)
@@ -47,7 +41,8 @@ class TritonPythonModel(Model):
     """Fails where it is asked to."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        setattr(memory_policy, "BlockManager", RefusingBlocks)  # noqa: B010
+        module: Any = memory_policy
+        module.BlockManager = RefusingBlocks
         super().initialize(args)
         executor: Any = self._engine._engine._executor
         executor._runner.run = _failing_run(executor._runner.run)
@@ -55,7 +50,8 @@ class TritonPythonModel(Model):
         self._kv_cache = executor._runner._kv_cache
         self._prepare = self._kv_cache.prepare
         self._encode = self._tokenizer.encode
-        setattr(self._tokenizer, "encode", self._failing_encode)  # noqa: B010
+        tokenizer: Any = self._tokenizer
+        tokenizer.encode = self._failing_encode
 
     def _failing_encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if text.startswith(triggers.TOKENIZER_RAISES):
@@ -67,13 +63,15 @@ class TritonPythonModel(Model):
         if text.startswith(triggers.SWAP_RAISES):
             self._kv_cache.prepare = self._half_a_swap
         if text.startswith(triggers.CLOCK_JUMPS):
-            setattr(time, "time", lambda: 0.0)  # noqa: B010
+            clock: Any = time
+            clock.time = lambda: 0.0
         return self._encode(text, add_special_tokens)
 
     def _output_text(self, params: Any, prompt_token_ids: list[int]) -> OutputText:
         output = super()._output_text(params, prompt_token_ids)
         if self._tokenizer.decode(prompt_token_ids).startswith(triggers.DETOKENIZER_RAISES):
-            setattr(output, "push", _raise)  # noqa: B010
+            broken: Any = output
+            broken.push = _raise
         return output
 
     def _half_a_swap(self, buffer: torch.Tensor, header: Any) -> None:

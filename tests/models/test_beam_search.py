@@ -32,6 +32,7 @@ RULES: list[tuple[int, int, float, bool | str]] = [
 def reference(model: Any, prompt: list[int], max_tokens: int, rule: tuple[int, int, float, bool | str]) -> Any:
     """[(output tokens without padding, score)], best first."""
     width, n, length_penalty, early_stopping = rule
+    padding = model.config.vocab_size  # no token
     with torch.inference_mode():
         output = model.generate(
             torch.tensor([prompt]),
@@ -45,11 +46,11 @@ def reference(model: Any, prompt: list[int], max_tokens: int, rule: tuple[int, i
             repetition_penalty=1.0,
             return_dict_in_generate=True,
             output_scores=True,
-            pad_token_id=tiny.VOCAB_SIZE,
+            pad_token_id=padding,
         )
     sequences = output.sequences[:, len(prompt) :].tolist()
     return [
-        ([token for token in sequence if token != tiny.VOCAB_SIZE], score)
+        ([token for token in sequence if token != padding], score)
         for sequence, score in zip(sequences, output.sequences_scores.tolist(), strict=True)
     ]
 
@@ -149,22 +150,5 @@ def smollm2() -> Iterator[tuple[LLM, Any]]:
 def test_beams_of_the_default_model_equal_those_of_transformers(smollm2: tuple[LLM, Any], rule: Any) -> None:
     llm, model = smollm2
     prompt = llm.get_tokenizer().encode("The capital of France is")
-    width, n, length_penalty, early_stopping = rule
-    with torch.inference_mode():
-        sequences = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            num_beams=width,
-            num_return_sequences=n,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            max_new_tokens=20,
-            do_sample=False,
-        )[:, len(prompt) :].tolist()
     output = llm.generate(TokensPrompt(prompt_token_ids=prompt), parameters(rule, 20), use_tqdm=False)[0]
-    for completion, tokens in zip(output.outputs, sequences, strict=True):
-        assert completion.token_ids == tokens[: len(completion.token_ids)]
-        assert (
-            len(completion.token_ids) == 20
-            or tokens[len(completion.token_ids) - 1] in model.generation_config.eos_token_id
-        )
+    check(output, reference(model, prompt, 20, rule), rule[2])

@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pagedcore._core import BlockManager
 from pagedcore.engine.step_plan import Int32Array
+from tests.reference.single_growth import SingleGrowth
 from tests.simulation.failure import require
 from tests.simulation.scenario import NoRoom
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pagedcore._core import TokenIds
 
 
-class WatchedBlocks(BlockManager):
+class WatchedBlocks(SingleGrowth):
     """Keeps a book of its own of the sequences that have a table. Every request for blocks has a number, from 0 on.
 
     `num_refused`: how many of them it refused on order. `on_commit` is called with a table, its tokens and how many of
@@ -61,12 +61,6 @@ class WatchedBlocks(BlockManager):
         has_grown = super().grow(seq_id, num_tokens, write_from)
         self.fresh_blocks += [block for block in self.block_table(seq_id) if block not in before]
         return has_grown
-
-    def grow_many(self, seq_ids: list[int], num_tokens: list[int], write_from: list[int]) -> int:
-        for done, arguments in enumerate(zip(seq_ids, num_tokens, write_from, strict=True)):
-            if not self.grow(*arguments):
-                return done
-        return len(seq_ids)
 
     def swap_out(self, seq_ids: list[int]) -> list[tuple[int, int]] | None:
         pairs = None if self._is_refused() else super().swap_out(seq_ids)
