@@ -26,6 +26,13 @@ def shared_memory_with(prefix: str) -> list[str]:
     return [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
 
 
+def assert_nothing_is_left(prefix: str) -> None:
+    """Neither a process nor shared memory; a process that was killed takes a moment to be gone."""
+    wait_for(lambda: not processes_with(prefix), 5)
+    assert processes_with(prefix) == []
+    assert shared_memory_with(prefix) == []
+
+
 def wait_for(condition: Callable[[], bool], timeout: float) -> bool:
     """Wait up to `timeout` seconds for `condition`; returns whether it became true."""
     deadline = time.monotonic() + timeout

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from pagedcore.serve.triton_install import ensure_tritonserver
 from pagedcore.serve.triton_server import child_environment, find_free_port
-from tests.serve.processes import processes_with, shared_memory_with, wait_for
+from tests.serve.processes import assert_nothing_is_left, wait_for
 from tests.triton.clients import grpc_stream
 from tests.triton.conftest import ENGINE_ARGUMENTS
 
@@ -80,6 +80,12 @@ def test_the_image_starts_as_the_manifest_does(container: dict[str, Any]) -> Non
     assert json.loads(dockerfile.rpartition("CMD ")[2]) == [*container["command"], *container["args"]]
 
 
+def test_the_readmes_volume_is_where_the_image_keeps_its_model() -> None:
+    cache = re.search(r"^ENV XDG_CACHE_HOME=(\S+)$", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE)
+    volume = re.search(r"-v pagedcore-cache:(\S+)", (ROOT / "deploy" / "README.md").read_text())
+    assert cache is not None and volume is not None and cache[1] == volume[1]
+
+
 def test_the_autoscaler_reads_a_gauge_that_is_exported() -> None:
     (autoscaler,) = documents(KUBERNETES / "autoscaler.yaml")
     (adapter,) = documents(KUBERNETES / "prometheus-adapter-values.yaml")
@@ -137,5 +143,4 @@ def test_the_containers_command_serves_and_ends_what_is_open_with_an_answer(
         finally:
             guard.terminate()
             guard.wait()
-    assert processes_with(prefix) == []
-    assert shared_memory_with(prefix) == []
+    assert_nothing_is_left(prefix)
