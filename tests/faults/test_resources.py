@@ -20,8 +20,16 @@ import pytest
 from pagedcore.serve.triton_install import TritonInstallation
 from pagedcore.serve.triton_server import TritonServer
 from tests.faults.conftest import Measure
-from tests.serve.processes import processes_with, shared_memory_with, wait_for
-from tests.triton.clients import generate, generate_grpc, grpc_stream, infer_request, stream_infer
+from tests.serve.processes import assert_nothing_is_left, processes_with, wait_for
+from tests.triton.clients import (
+    generate,
+    generate_grpc,
+    grpc_stream,
+    infer_request,
+    metric,
+    stream_infer,
+    wait_until,
+)
 from tests.triton.conftest import write_repository
 
 pytestmark = pytest.mark.slow
@@ -52,11 +60,6 @@ def triton_process(server: TritonServer) -> int:
     return found
 
 
-def assert_nothing_is_left(server: TritonServer) -> None:
-    assert processes_with(server.shm_prefix) == []
-    assert shared_memory_with(server.shm_prefix) == []
-
-
 def status(server: TritonServer, path: str) -> int:
     connection = http.client.HTTPConnection(server.http_url, timeout=TIMEOUT)
     try:
@@ -75,7 +78,7 @@ def test_what_clients_see_of_a_crash_without_the_launcher(
         with ThreadPoolExecutor() as clients:
             request = infer_request(ENDLESS)
             open_streams = [clients.submit(stream_infer, server.grpc_url, [request], timeout=TIMEOUT) for _ in range(4)]
-            time.sleep(1)
+            wait_until(lambda: metric(server.metrics_url, "vllm:num_requests_running") == len(open_streams))
             (model,) = server.stub_processes()
             os.kill(model, number)
             assert wait_for(lambda: server.stub_processes() == [], TIMEOUT)
@@ -88,7 +91,7 @@ def test_what_clients_see_of_a_crash_without_the_launcher(
                 assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "is not healthy" in (refusal.error or "")
         assert status(server, "/v2/models/llm/ready") == 200
-    assert_nothing_is_left(server)
+    assert_nothing_is_left(server.shm_prefix)
     measure(seconds, TIMEOUT)
 
 
@@ -107,7 +110,7 @@ def test_a_second_signal_while_draining_changes_nothing(tmp_path: Path, measure:
                     stream.next()
         assert wait_for(lambda: not server.is_running(), 30)
         seconds = time.monotonic() - begin
-    assert_nothing_is_left(server)
+    assert_nothing_is_left(server.shm_prefix)
     measure(seconds, 30.0)
 
 
@@ -117,7 +120,7 @@ def test_a_log_that_cannot_be_written_is_not_needed(tmp_path: Path) -> None:
         assert generate(server.http_url, GREEDY).error is None
         assert generate(server.http_url, GREEDY | {"sampling_parameters": "{"}).code == "INVALID_ARG"
         assert generate(server.http_url, GREEDY).error is None
-    assert_nothing_is_left(server)
+    assert_nothing_is_left(server.shm_prefix)
 
 
 def test_a_closed_standard_output_is_not_needed(tmp_path: Path) -> None:
@@ -134,7 +137,7 @@ def test_a_closed_standard_output_is_not_needed(tmp_path: Path) -> None:
             assert generate(server.http_url, GREEDY | {"sampling_parameters": "{"}).code == "INVALID_ARG"
     finally:
         server.stop()
-    assert_nothing_is_left(server)
+    assert_nothing_is_left(server.shm_prefix)
 
 
 @contextmanager
@@ -162,7 +165,7 @@ def test_at_the_limit_of_open_files_running_requests_go_on(tmp_path: Path) -> No
                 connection.close()
         assert generate_grpc(server.grpc_url, GREEDY | {"stream": True}).text == alone
         assert generate(server.http_url, GREEDY).error is None
-    assert_nothing_is_left(server)
+    assert_nothing_is_left(server.shm_prefix)
 
 
 def _is_refused(connection: http.client.HTTPConnection) -> bool:
@@ -179,7 +182,9 @@ def test_a_full_dev_shm_fails_what_does_not_fit_and_nothing_else(tmp_path: Path)
         assert alone.error is None
         long: dict[str, Any] = {"text_input": "a" * (8 << 20)}
         assert "at most 1048576 bytes" in (generate(server.http_url, long).error or "")
-        filler = Path(f"/proc/{triton_process(server)}/root/dev/shm/filler")
+        filler = Path(
+            "/proc", str(triton_process(server)), "root", "dev", "shm", "filler"
+        )  # as the server sees its own
         with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 12))
@@ -188,4 +193,4 @@ def test_a_full_dev_shm_fails_what_does_not_fit_and_nothing_else(tmp_path: Path)
         assert generate(server.http_url, GREEDY) == alone
         filler.unlink()
         assert generate(server.http_url, GREEDY) == alone
-    assert_nothing_is_left(server)
+    assert_nothing_is_left(server.shm_prefix)

@@ -26,7 +26,7 @@ from pagedcore.serve.default_model import DEFAULT_MODEL_NAME, default_model_path
 from pagedcore.serve.launcher import ServeOptions, check_model_folder, check_ports, copy_repository, report_errors
 from pagedcore.serve.reservations import RUN_FOLDER_PREFIX, run_folder
 from pagedcore.serve.triton_server import find_free_port
-from tests.serve.processes import processes_with, shared_memory_with, wait_for
+from tests.serve.processes import assert_nothing_is_left, processes_with, shared_memory_with, wait_for
 from tests.triton.clients import generate
 
 
@@ -166,8 +166,7 @@ def test_a_signal_stops_server_and_stub_and_leaves_nothing(
         assert shared_memory_with(prefix)
         process.send_signal(number)
         assert process.wait(30) == 0
-    assert processes_with(prefix) == []
-    assert shared_memory_with(prefix) == []
+    assert_nothing_is_left(prefix)
 
 
 def test_ctrl_c_ends_a_real_answer_with_an_error_and_leaves_nothing(tmp_path: Path) -> None:
@@ -187,8 +186,7 @@ def test_ctrl_c_ends_a_real_answer_with_an_error_and_leaves_nothing(tmp_path: Pa
     assert all("error" not in event for event in events[:-1])
     assert events[-1] == {"error": "Error generating stream: the server is shutting down"}
     assert "successfully unloaded 'llm'" in (tmp_path / "tritonserver.log").read_text()
-    assert processes_with(prefix) == []
-    assert shared_memory_with(prefix) == []
+    assert_nothing_is_left(prefix)
 
 
 def test_a_signal_while_loading_leaves_nothing(echo_repository: Path) -> None:
@@ -204,8 +202,7 @@ def test_a_signal_while_loading_leaves_nothing(echo_repository: Path) -> None:
         time.sleep(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-    assert processes_with(prefix) == []
-    assert shared_memory_with(prefix) == []
+    assert_nothing_is_left(prefix)
 
 
 def test_a_server_that_dies_ends_the_command_with_an_error(echo_repository: Path, tmp_path: Path) -> None:
@@ -230,8 +227,7 @@ def test_a_killed_model_process_ends_the_command_with_an_error(echo_repository: 
     assert (
         "error: the model's process has ended: it was killed or has crashed (log: " in (tmp_path / "output").read_text()
     )
-    assert processes_with(prefix) == []
-    assert shared_memory_with(prefix) == []
+    assert_nothing_is_left(prefix)
 
 
 # The real model, but for its executor: after a few steps the device is broken.
@@ -270,8 +266,7 @@ def test_a_dead_engine_answers_every_request_and_ends_the_command(tmp_path: Path
     output = (tmp_path / "output").read_text()
     assert f"error: the model's process has ended: its engine has died: {reason} (log: " in output
     assert "Traceback" not in output
-    assert processes_with(prefix) == []
-    assert shared_memory_with(prefix) == []
+    assert_nothing_is_left(prefix)
 
 
 def test_of_two_started_on_the_same_ports_one_serves_and_the_other_says_why_not(

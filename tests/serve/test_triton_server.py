@@ -18,18 +18,13 @@ import pytest
 from pagedcore.serve.cache import SetupError
 from pagedcore.serve.triton_install import ensure_tritonserver, find_libpython
 from pagedcore.serve.triton_server import TritonServer, failure_reason
-from tests.serve.processes import processes_with, shared_memory_with, wait_for
+from tests.serve.processes import assert_nothing_is_left, processes_with, shared_memory_with, wait_for
 
 
 def _ask(server: TritonServer, text: str) -> Any:
     body = json.dumps({"text_input": text}).encode()
     with urllib.request.urlopen(f"http://{server.http_url}/v2/models/llm/generate", body, timeout=30) as answer:
         return ast.literal_eval(json.load(answer)["text_output"])
-
-
-def _assert_nothing_left(prefix: str) -> None:
-    assert processes_with(prefix) == []
-    assert shared_memory_with(prefix) == []
 
 
 def test_serves_in_this_environment_and_leaves_nothing(echo_repository: Path) -> None:
@@ -45,7 +40,7 @@ def test_serves_in_this_environment_and_leaves_nothing(echo_repository: Path) ->
             assert b"nv_inference_request_success" in metrics.read()
         with socket.create_connection((server.host, server.grpc_port), timeout=10):
             pass
-    _assert_nothing_left(server.shm_prefix)
+    assert_nothing_is_left(server.shm_prefix)
     server.log_path.unlink()
 
 
@@ -59,7 +54,7 @@ def test_a_killed_process_takes_the_others_with_it(echo_repository: Path, tmp_pa
         os.kill({"server": triton, "stub": stub, "guard": guard}[victim], signal.SIGTERM if victim == "guard" else 9)
         if victim != "stub":
             assert wait_for(lambda: not server.is_running(), 30)
-    _assert_nothing_left(server.shm_prefix)
+    assert_nothing_is_left(server.shm_prefix)
 
 
 _PARENT = """
@@ -79,7 +74,7 @@ def test_the_server_does_not_outlive_a_killed_parent(echo_repository: Path, tmp_
         assert len(processes_with(prefix)) == 3
         parent.kill()
     assert wait_for(lambda: not processes_with(prefix), 30)
-    _assert_nothing_left(prefix)
+    assert_nothing_is_left(prefix)
 
 
 def test_a_model_that_does_not_load_is_reported_in_one_line(failing_repository: Path, tmp_path: Path) -> None:
@@ -88,7 +83,7 @@ def test_a_model_that_does_not_load_is_reported_in_one_line(failing_repository: 
     with pytest.raises(SetupError) as caught, server:
         pass
     assert str(caught.value).startswith(expected)
-    _assert_nothing_left(server.shm_prefix)
+    assert_nothing_is_left(server.shm_prefix)
 
 
 def test_reason_of_a_server_that_did_not_start() -> None:

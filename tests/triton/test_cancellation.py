@@ -21,6 +21,7 @@ from tests.triton.clients import (
     send_until_running,
     wait_until,
 )
+from tests.triton.samples import Growth
 
 LIMIT = 0.2  # seconds from the client's end until its blocks are free
 LONG = '{"max_tokens": 900, "ignore_eos": true, "temperature": 0}'
@@ -138,15 +139,23 @@ def test_cancelling_a_preempted_request(small_server: TritonServer) -> None:
 
 def test_cancelling_at_about_the_last_token(small_server: TritonServer) -> None:
     """Whoever is first, the request ends once."""
+    before, growth = num_cancelled(small_server), Growth(small_server)
+
+    def ended(reason: str) -> float:
+        return growth.of("vllm:request_success_total", finished_reason=reason)
+
+    num_told = 0  # those whose client has heard of the end
     for number in range(8):
-        before = num_cancelled(small_server)
         with grpc_stream(small_server.grpc_url) as stream:
             stream.send(endless(sampling_parameters='{"max_tokens": 5, "ignore_eos": true}'))
             for _ in range(3 + number % 3):
                 final = stream.next()[2]
             stream.cancel()
+            wait_until(lambda number=number: ended("length") + ended("abort") == number + 1)  # type: ignore[misc]
             wait_until(lambda: blocks_in_use(small_server) == 0)
-            assert num_cancelled(small_server) <= before + (not final)
+        num_told += final
+        assert ended("length") >= num_told
+        wait_until(lambda: num_cancelled(small_server) == before + ended("abort"))
 
 
 def test_many_cancelled_at_once(server: TritonServer, all_blocks_free: Callable[[], bool]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pagedcore.serve.triton_server import TritonServer
-from tests.serve.processes import processes_with, shared_memory_with
+from tests.serve.processes import assert_nothing_is_left, processes_with
 from tests.triton.clients import MODEL, Answer, generate, grpc_stream, metrics_text, responses_of, wait_until
 from tests.triton.conftest import ENGINE_ARGUMENTS, write_arguments, write_repository
 
@@ -329,7 +329,7 @@ def test_stopping_with_an_idle_stream_open_leaves_nothing(tmp_path: Path) -> Non
             stopping.start()
             wait_until(lambda: not processes_with(server.shm_prefix))
             stopping.join()
-        assert not shared_memory_with(server.shm_prefix)
+        assert_nothing_is_left(server.shm_prefix)
 
 
 def test_stopping_the_server_lets_open_streams_finish(tmp_path: Path) -> None:
@@ -355,5 +355,4 @@ def test_stopping_the_server_lets_open_streams_finish(tmp_path: Path) -> None:
         assert responses == 29
     stopping.join()  # only now, as an open gRPC stream that has served a request keeps Triton from unloading its model
     assert "successfully unloaded 'llm'" in server.log_path.read_text()
-    assert not processes_with(server.shm_prefix)
-    assert not shared_memory_with(server.shm_prefix)
+    assert_nothing_is_left(server.shm_prefix)

@@ -185,13 +185,14 @@ def test_a_cache_salt_keeps_prefixes_apart(server: TritonServer) -> None:
     prompt = "Of all the ships that ever left this harbour " * 8
     growth, texts, found = Growth(server), set(), []
     num_queries = 0.0
-    for salt in ({"cache_salt": "a"}, {"cache_salt": "b"}, {}, {"cache_salt": "a"}):
+    for number, salt in enumerate(({"cache_salt": "a"}, {"cache_salt": "b"}, {}, {"cache_salt": "a"}), 1):
         hits = growth.of("vllm:prefix_cache_hits_total")
         (answer,) = responses_of(
             server.grpc_url,
             {"text_input": prompt, "sampling_parameters": json.dumps(GREEDY | salt), "return_num_input_tokens": True},
         )
         num_queries += answer.values["num_input_tokens"][0]
+        growth.wait_for("vllm:request_success_total", number, finished_reason="length")  # exported after the hits
         growth.wait_for("vllm:prefix_cache_queries_total", num_queries)
         texts.add(answer.values["text_output"][0])
         found.append(growth.of("vllm:prefix_cache_hits_total") - hits > 0)
