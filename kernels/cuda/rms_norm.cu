@@ -25,13 +25,7 @@ __global__ void __launch_bounds__(kMaxNormThreads) rms_norm_kernel(const __grid_
     const int index = v * blockDim.x + threadIdx.x;
     if (index >= row_vectors) break;
     kept[v] = x[index];
-    if (a.residual != nullptr) {
-      const Vector<T> before = residual[index];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        kept[v].values[i] = from_float<T>(to_float(kept[v].values[i]) + to_float(before.values[i]));
-      residual[index] = kept[v];
-    }
+    if (a.residual != nullptr) add_to_residual(kept[v], residual[index]);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sum += to_float(kept[v].values[i]) * to_float(kept[v].values[i]);
   }

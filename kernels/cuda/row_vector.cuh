@@ -12,6 +12,15 @@ struct alignas(sizeof(T) * kVector) Vector {
   T values[kVector];
 };
 
+// Both become their sum, rounded to T.
+template <typename T>
+__device__ __forceinline__ void add_to_residual(Vector<T>& x, Vector<T>& residual) {
+  const Vector<T> before = residual;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) x.values[i] = from_float<T>(to_float(x.values[i]) + to_float(before.values[i]));
+  residual = x;
+}
+
 // A thread block of this many threads normalizes rows of up to kMaxVectors vectors to a thread.
 constexpr int kMaxVectors = 4;
 constexpr int kMaxNormThreads = 512;
