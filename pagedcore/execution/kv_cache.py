@@ -157,8 +157,8 @@ def plan_gpu_memory(
     if is_automatic and share < block:
         raise ConfigError(
             f"gpu_memory_utilization must leave room for a KV cache: {config.gpu_memory_utilization} of "
-            f"{total_bytes / 2**30:,.1f} GiB is {-share / 2**30:,.1f} GiB less than what is in use with the model "
-            f"({used_bytes / 2**30:,.1f} GiB, {weights / 2**30:,.1f} GiB of it weights) and the graphs"
+            f"{total_bytes / 2**30:,.1f} GiB is {(block - share) / 2**30:,.2f} GiB less than the model "
+            f"({used_bytes / 2**30:,.1f} GiB in use, {weights / 2**30:,.1f} GiB of it weights), the graphs and one block need"
         )
     num_blocks = _num_blocks(config, block, max_model_len, room, share)
     other = used_bytes - weights - activations - inputs - workspace
@@ -176,13 +176,16 @@ def plan_gpu_memory(
 
 
 def plan_swap_space(config: EngineConfig, block: int, free_bytes: int, default: float = 0.0) -> int:
-    """How many blocks of `block` bytes the host's swap space gets: `default` GiB if the configuration does not say.
+    """How many blocks of `block` bytes the host's swap space gets.
 
-    Only the paged memory policy has a use for any. Raises ConfigError if the configuration asks for more than is free.
+    If the configuration does not say: `default` GiB, or half of what is free where that is less. Only the paged memory policy
+    has a use for any. Raises ConfigError if the configuration asks for more than is free.
     """
     if config.kv_policy != "paged":
         return 0
-    wanted = int((default if config.swap_space is None else config.swap_space) * 2**30)
+    if config.swap_space is None:
+        return min(int(default * 2**30), free_bytes // 2) // block
+    wanted = int(config.swap_space * 2**30)
     if wanted > free_bytes:
         raise ConfigError(f"swap_space asks for {wanted / 2**30:,.1f} GiB; {free_bytes / 2**30:,.1f} GiB are free")
     return wanted // block

@@ -282,10 +282,17 @@ def _dtype(fields: Fields) -> str:
     return str(value)
 
 
+def _rope_theta(fields: Fields, default: float) -> float:
+    theta = fields.number("rope_theta", default)
+    if theta <= 1.0:
+        raise fields.error("rope_theta", "must be a number above 1")
+    return theta
+
+
 def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     # transformers 5 writes `rope_parameters`, older versions `rope_theta` beside `rope_scaling`.
     section = fields.section("rope_parameters") or fields.section("rope_scaling")
-    theta = fields.number("rope_theta", 10000.0)
+    theta = _rope_theta(fields, 10000.0)
     if section is None:
         return RopeConfig(theta=theta)
     kind = "rope_type" if section.get("rope_type") is not None else "type"
@@ -294,20 +301,24 @@ def _rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
         raise section.error(kind, f"must be one of {', '.join(ROPE_TYPES)}")
     if section.get("partial_rotary_factor", 1.0) != 1.0:
         raise section.error("partial_rotary_factor", "must be 1")
-    theta = section.number("rope_theta", theta)
+    theta = _rope_theta(section, theta)
     if rope_type == "default":
         return RopeConfig(theta=theta)
     original = section.integer("original_max_position_embeddings", max_position_embeddings)
     if fields.get("original_max_position_embeddings") is not None:
         original = fields.integer("original_max_position_embeddings")
+    low = section.number("low_freq_factor", None if rope_type == "llama3" else 1.0)
+    high = section.number("high_freq_factor", None if rope_type == "llama3" else 4.0)
+    if rope_type == "llama3" and high <= low:
+        raise section.error("high_freq_factor", f"must be above low_freq_factor, {low:g}")
     return RopeConfig(
         rope_type=rope_type,
         theta=theta,
         # YaRN configs may leave the factor to the ratio of the two context lengths.
         factor=section.number("factor", max_position_embeddings / original if rope_type == "yarn" else None),
         original_max_position_embeddings=original,
-        low_freq_factor=section.number("low_freq_factor", None if rope_type == "llama3" else 1.0),
-        high_freq_factor=section.number("high_freq_factor", None if rope_type == "llama3" else 4.0),
+        low_freq_factor=low,
+        high_freq_factor=high,
         beta_fast=section.number("beta_fast", 32.0),
         beta_slow=section.number("beta_slow", 1.0),
         attention_factor=section.optional_number("attention_factor"),

@@ -156,3 +156,13 @@ def test_only_the_paged_policy_gets_swap_space() -> None:
     assert num_blocks() == 4096
     assert num_blocks(swap_space=0.5) == 512
     assert num_blocks(kv_policy="orca_oracle") == 0
+
+
+def test_swap_space_that_nobody_asked_for_shrinks_to_what_is_free() -> None:
+    def num_blocks(swap_space: float | None) -> int:
+        config = EngineConfig(model="x", swap_space=swap_space)
+        return plan_swap_space(config, block=2**20, free_bytes=3 * 2**30, default=4.0)
+
+    assert num_blocks(None) == 1536
+    with pytest.raises(ConfigError, match=r"swap_space asks for 4.0 GiB; 3.0 GiB are free"):
+        num_blocks(4.0)

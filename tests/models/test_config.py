@@ -138,6 +138,8 @@ def test_unused_sliding_window_is_accepted(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: type must be one of .* got 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor must be a number above 0, got None"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters: low_freq_factor must be"),
+        ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "rope_scaling: high_freq_factor must be above low"),
+        ({"rope_theta": 1}, "rope_theta must be a number above 1, got 1"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters: rope_type must be one of .* got 'longrope'"),
         ({"rope_parameters": "yes"}, "rope_parameters must be an object, got 'yes'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
