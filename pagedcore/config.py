@@ -6,9 +6,11 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pagedcore.errors import ConfigError
+from pagedcore.errors import ConfigError, RequestError
+from pagedcore.json_text import parse_json_object
 from pagedcore.vllm_arguments import without_vllm_only
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -176,3 +178,15 @@ class EngineConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ConfigError(f"{name} must be a number in [{low}, {high}], got {value!r}")
+
+
+def read_engine_arguments(path: Path) -> dict[str, Any]:
+    """The engine arguments of a model.json, as `EngineConfig.from_dict` takes them; their values are not looked at.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not one JSON object in UTF-8 as `parse_json_object` demands it.
+    """
+    try:
+        return parse_json_object(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RequestError) as error:
+        raise ConfigError(f"the engine's arguments cannot be read: {error}") from error

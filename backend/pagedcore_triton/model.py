@@ -12,17 +12,16 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from pagedcore.config import EngineConfig
+from pagedcore.config import EngineConfig, read_engine_arguments
 from pagedcore.engine.deadlines import Deadline
 from pagedcore.engine.queue_limits import RefusalReason
 from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.telemetry import Recorder
-from pagedcore.errors import ConfigError, RequestError
+from pagedcore.errors import ConfigError
 from pagedcore.serve.cache import SetupError
 from pagedcore.serve.default_model import resolve_model
 from pagedcore.text import OutputText
-from pagedcore_triton.json_text import parse_json_object
 from pagedcore_triton.lifecycle import Lifecycle
 from pagedcore_triton.metric_families import INTERNAL
 from pagedcore_triton.metrics import Metrics, MetricsSource
@@ -216,11 +215,7 @@ class TritonPythonModel:
 
 
 def _read_engine_config(path: Path) -> EngineConfig:
-    try:
-        arguments = parse_json_object(str(path), path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RequestError) as error:
-        raise ConfigError(f"the engine's arguments cannot be read: {error}") from error
-    config = EngineConfig.from_dict(arguments)
+    config = EngineConfig.from_dict(read_engine_arguments(path))
     if config.skip_tokenizer_init:
         raise ConfigError("skip_tokenizer_init must be false: this server's input and output are text")
     resolve_model(config.model)

@@ -10,8 +10,8 @@ from typing import Any
 
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.errors import RequestError, shown
+from pagedcore.json_text import parse_json_list, parse_json_object
 from pagedcore.text import Tokenizer
-from pagedcore_triton.json_text import parse_json_list, parse_json_object
 from pagedcore_triton.protocol import OUTPUTS, Array, OutputTensor
 
 MAX_PROMPT_BYTES = 1 << 20

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pagedcore.config import read_engine_arguments
 from pagedcore.errors import ConfigError
 from pagedcore.serve.cache import SetupError, cache_root, python_executable
 from pagedcore.serve.default_model import DEFAULT_MODEL_NAME, is_default_model, resolve_model
@@ -27,6 +28,7 @@ from pagedcore.serve.triton_server import TritonServer, is_alive
 _READY_TIMEOUT_S = 1800.0  # large checkpoints on slow disks
 _EXIT_TIMEOUT_S = 10  # by then the model has ended what was open after Ctrl-C
 _POLL_S = 0.2
+_MODEL_NAME = "llm"  # the one that MODEL= is about
 _console = Console(highlight=False, soft_wrap=True)
 
 
@@ -92,7 +94,8 @@ def serve(options: ServeOptions) -> None:
             check_model_folder(Path(options.model).expanduser())
         installation = prepare(options)
         with run_folder() as folder:
-            repository = copy_repository(options.model_repository, folder, resolve_model(name))
+            chosen = resolve_model(options.model) if options.model else None
+            repository = copy_repository(options.model_repository, folder, chosen)
             _run(_server(options, repository, installation), name)
 
 
@@ -164,14 +167,19 @@ def check_model_folder(folder: Path) -> None:
         raise SetupError(f"MODEL={folder} has no weights: no *.safetensors file in it")
 
 
-def copy_repository(repository: Path, into: Path, model: Path) -> Path:
-    """Copy the model repository with `model` set in every model.json, so that serving never changes the original."""
+def copy_repository(repository: Path, into: Path, model: Path | None) -> Path:
+    """Copy the model repository, so that serving never changes the original.
+
+    `model`, unless it is None, is what the copy's `llm` serves; all others serve what their own model.json names.
+    """
     if not repository.is_dir():
         raise SetupError(f"model repository {repository} not found; run this in the project's folder")
     copy = into / "model_repository"
     shutil.copytree(repository, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in copy.glob("*/*/model.json"):
-        path.write_text(json.dumps({**_read_model_json(path), "model": str(model)}, indent=2))
+    if model is not None:
+        for path in copy.glob(f"{_MODEL_NAME}/*/model.json"):
+            arguments = {**read_engine_arguments(path), "model": str(model)}
+            path.write_text(json.dumps(arguments, indent=2), encoding="utf-8")
     return copy
 
 
@@ -220,23 +228,13 @@ EOF
 
 
 def _configured_model(options: ServeOptions) -> str:
-    path = options.model_repository / "llm" / "1" / "model.json"
+    path = options.model_repository / _MODEL_NAME / "1" / "model.json"
     if not path.is_file():
         raise SetupError(f"{path} not found; run this in the project's folder")
-    model = _read_model_json(path).get("model", "")
+    model = read_engine_arguments(path).get("model", "")
     if not isinstance(model, str) or not model:
         raise SetupError(f'{path}: "model" must name a model folder, got {model!r}')
     return model
-
-
-def _read_model_json(path: Path) -> dict[str, object]:
-    try:
-        arguments = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise SetupError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(arguments, dict):
-        raise SetupError(f"{path} must hold one JSON object, got {type(arguments).__name__}")
-    return arguments
 
 
 def _log_path(http_port: int) -> Path:

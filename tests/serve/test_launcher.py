@@ -109,16 +109,31 @@ def test_serving_another_model_leaves_the_repository_as_it_is(echo_repository: P
     assert (echo_repository / "llm" / "1" / "model.json").read_text() == original
 
 
+@pytest.mark.parametrize(("chosen", "served"), [(None, "/models/small"), (Path("/models/other"), "/models/other")])
+def test_a_second_model_keeps_its_own_weights(
+    echo_repository: Path, tmp_path: Path, chosen: Path | None, served: str
+) -> None:
+    (echo_repository / "llm" / "1" / "model.json").write_text('{"model": "/models/small"}')
+    shutil.copytree(echo_repository / "llm", echo_repository / "big")
+    (echo_repository / "big" / "1" / "model.json").write_text('{"model": "/models/big"}')
+    copy = copy_repository(echo_repository, tmp_path / "run", chosen)
+    models = {name: json.loads((copy / name / "1" / "model.json").read_text())["model"] for name in ("llm", "big")}
+    assert models == {"llm": served, "big": "/models/big"}
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "is not valid JSON"),
-        ("[]", "must hold one JSON object, got list"),
-        ("{}", '"model" must name a model folder'),
+        (b"{", "must be a JSON object: "),
+        (b"[]", "must be a JSON object, got list"),
+        (b"{}", '"model" must name a model folder'),
+        (b'{"model": "a", "model": "b"}', "must not repeat a key, got 'model' 2 times"),
+        (b'{"model": "a", "swap_space": NaN}', "must hold finite numbers only, got NaN"),
+        (b'{"model": "\xff"}', "'utf-8' codec can't decode byte 0xff"),
     ],
 )
-def test_a_broken_model_json_is_refused(echo_repository: Path, content: str, reason: str) -> None:
-    (echo_repository / "llm" / "1" / "model.json").write_text(content)
+def test_a_broken_model_json_is_refused(echo_repository: Path, content: bytes, reason: str) -> None:
+    (echo_repository / "llm" / "1" / "model.json").write_bytes(content)
     result = _run_on(echo_repository, _free_ports())
     assert result.returncode == 1
     assert reason in result.stderr

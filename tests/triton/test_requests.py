@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pagedcore_triton.json_text import parse_json_list, parse_json_object
 from pagedcore_triton.protocol import OUTPUTS
 from pagedcore_triton.requests import (
     MAX_PARAMETERS_BYTES,
@@ -22,6 +21,7 @@ from pagedcore_triton.requests import (
 
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.errors import RequestError
+from pagedcore.json_text import parse_json_list, parse_json_object
 
 
 def text(value: str | bytes) -> Any:
