@@ -186,9 +186,17 @@ class EngineThread:
         self._end_thread(timeout)
 
     def shutdown(self, timeout: float = 8.0) -> None:
-        """Stop after the step in hand, at most `timeout` seconds from now; what is unfinished ends with EngineDeadError."""
+        """Stop after the step in hand, at most `timeout` seconds from now; what is unfinished ends with EngineDeadError.
+
+        A step that does not end keeps its device. A device that has failed may not be released in order: that is logged.
+        """
         self._end_thread(timeout)
-        self._engine.shutdown()
+        if self._thread.is_alive():
+            return
+        try:
+            self._engine.shutdown()
+        except Exception:
+            logger.exception("the device has not been released")
 
     def _end_thread(self, timeout: float) -> None:
         self._stopping = True

@@ -208,9 +208,23 @@ def test_shutdown_does_not_wait_for_a_step_that_never_ends(running: tuple[Engine
     sinks = [Collector() for _ in range(4)]
     for number, sink in enumerate(sinks):
         thread.submit(Request(str(number), [number + 1] * 10, SamplingParams()), sink)
-    thread.shutdown(timeout=0.2)
-    assert all(sink.ended.is_set() for sink in sinks)
-    executor.hang.set()
+    stopping = threading.Thread(target=thread.shutdown, kwargs={"timeout": 0.2}, daemon=True)
+    stopping.start()
+    stopping.join(WAIT)
+    try:
+        assert not stopping.is_alive()
+        assert all(sink.ended.is_set() for sink in sinks)
+    finally:
+        executor.hang.set()
+
+
+def test_a_device_that_cannot_be_released_does_not_stop_the_shutdown(
+    running: tuple[EngineThread, FakeExecutor], caplog: pytest.LogCaptureFixture
+) -> None:
+    thread, executor = running
+    executor.shutdown_error = RuntimeError("an illegal memory access was encountered")
+    thread.shutdown()
+    assert "an illegal memory access" in caplog.text
 
 
 def hanging(*, limits: QueueLimits = NO_LIMITS) -> tuple[EngineThread, threading.Event, Collector]:

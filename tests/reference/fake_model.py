@@ -112,6 +112,7 @@ class FakeExecutor:
         self.hang: threading.Event | None = None
         self.hang_from = 0
         self.hangs = threading.Event()
+        self.shutdown_error: Exception | None = None
         self.num_rows: list[int] = []
         self.num_tokens: list[int] = []
         self.num_copies: list[int] = []
@@ -130,7 +131,11 @@ class FakeExecutor:
         return _Done(lambda: self._run(plan))
 
     def shutdown(self) -> None:
-        """Nothing to release."""
+        """Finish what was launched, as the real ones do; raises `shutdown_error` if there is one."""
+        if self.hang is not None:
+            self.hang.wait()
+        if self.shutdown_error is not None:
+            raise self.shutdown_error
 
     def _copy(self, pairs: Int32Array, source: npt.NDArray[np.object_], destination: npt.NDArray[np.object_]) -> None:
         """All at once: every source is read as it was before the first destination is written."""
