@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -14,6 +15,8 @@ import tokenizers
 
 from pagedcore.chat_template import ChatTemplate
 from pagedcore.errors import ConfigError, RequestError
+
+_logger = logging.getLogger(__name__)
 
 _SPACE_MARK = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -33,8 +36,7 @@ class Tokenizer:
             ConfigError: the tokenizer's decoder is not one of byte-level, byte-fallback or Metaspace.
         """
         self._backend = backend
-        self._config = config
-        self._chat_template_source = chat_template
+        self._chat_template, self._chat_template_error = _compile_template(config, chat_template)
         self._byte_level = _uses_byte_level(backend)
         self._strips_first_space = not self._byte_level and backend.decode([_probe_token(backend)]) == ""
         self._token_bytes: dict[int, bytes] = {}
@@ -101,7 +103,7 @@ class Tokenizer:
             RequestError: the model has no chat template, or it refuses the messages; see `ChatTemplate.render`.
         """
         if self._chat_template is None:
-            raise RequestError("messages cannot be used: the model's tokenizer has no chat template")
+            raise RequestError(self._chat_template_error)
         return self._chat_template.render(messages, add_generation_prompt)
 
     @cached_property
@@ -118,15 +120,6 @@ class Tokenizer:
     def _bytes_without_token(self) -> bytes:
         """Those that a byte-level tokenizer leaves out of what it encodes."""
         return bytes(b for text, b in _BYTE_LEVEL_ALPHABET.items() if self._backend.token_to_id(text) is None)
-
-    @cached_property
-    def _chat_template(self) -> ChatTemplate | None:
-        if self._chat_template_source is None:
-            return None
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        return ChatTemplate(
-            self._chat_template_source, {name: token_content(self._config, name) or "" for name in names}
-        )
 
     def _to_bytes(self, token: str) -> bytes:
         if self._byte_level:
@@ -379,6 +372,18 @@ def _probe_token(backend: tokenizers.Tokenizer) -> int:
     if token_id is None:
         raise ConfigError("tokenizer.json: the vocabulary has no token for a space")
     return token_id
+
+
+def _compile_template(config: Mapping[str, Any], source: str | None) -> tuple[ChatTemplate | None, str]:
+    """The chat template, or None and why requests cannot use one. A broken one is reported, and the model serves the others."""
+    if source is None:
+        return None, "messages cannot be used: the model's tokenizer has no chat template"
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    try:
+        return ChatTemplate(source, {name: token_content(config, name) or "" for name in names}), ""
+    except RequestError as error:
+        _logger.warning("%s", error)
+        return None, str(error)
 
 
 def _byte_level_alphabet() -> dict[str, int]:

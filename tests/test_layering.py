@@ -21,7 +21,7 @@ LAYERS = (
     ("pagedcore.ops",),
     ("pagedcore.engine",),
     ("pagedcore.text", "pagedcore.config"),
-    ("pagedcore.chat_template", "pagedcore.json_text", "pagedcore.vllm_arguments"),
+    ("pagedcore.chat_template", "pagedcore.template_sandbox", "pagedcore.json_text", "pagedcore.vllm_arguments"),
     ("pagedcore.errors", "pagedcore._core", "pagedcore._kernels"),
 )
 

@@ -321,13 +321,15 @@ def test_chat_template_renders_as_transformers(folders: dict[str, Path], loaded:
     ],
 )
 def test_chat_template_errors_are_the_requests(
-    folders: dict[str, Path], tmp_path: Path, template: str | None, reason: str
+    folders: dict[str, Path], tmp_path: Path, template: str | None, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(folders["byte_level"], tmp_path / "model")
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(folder)
+    assert ("chat template is broken" in caplog.text) == (reason == "broken")  # said at load, which goes on
     with pytest.raises(RequestError, match=reason):
-        load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "Hi"}])
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
 
 
 def test_chat_templates_of_tokenizer_config_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
