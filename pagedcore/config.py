@@ -20,6 +20,8 @@ DEVICES = ("auto", "cpu", "cuda")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
 # Paged, or the baselines of the PagedAttention paper: engine/memory_policy.py.
 KV_POLICIES = ("paged", "orca_oracle", "orca_pow2", "orca_max", "static_batch")
+MAX_BATCHED_TOKENS = 1 << 20
+MAX_THREADS = 1024
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -79,21 +81,22 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        if isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         self._check_choice("dtype", DTYPES)
         self._check_choice("device", DEVICES)
         self._check_choice("load_format", LOAD_FORMATS)
         self._check_choice("block_size", BLOCK_SIZES)
         self._check_choice("kv_policy", KV_POLICIES)
-        for name in (
-            "max_model_len",
-            "max_num_batched_tokens",
-            "num_gpu_blocks_override",
-            "num_threads",
-            "kv_cache_memory_bytes",
+        for name, high in (
+            ("max_model_len", None),
+            ("max_num_batched_tokens", MAX_BATCHED_TOKENS),
+            ("num_gpu_blocks_override", None),
+            ("num_threads", MAX_THREADS),
+            ("kv_cache_memory_bytes", None),
         ):
             if getattr(self, name) is not None:
-                self._check_integer(name, 1)
+                self._check_integer(name, 1, high)
         self._check_integer("max_num_seqs", 1, 4096)
         self._check_integer("device_index", 0)
         self._check_integer("max_queue_size", 0)

@@ -19,6 +19,7 @@ from pagedcore.execution.kv_cache import (
     KVCache,
     MemoryPlan,
     block_bytes,
+    check_activations,
     free_host_memory,
     plan_gpu_memory,
     plan_swap_space,
@@ -157,6 +158,7 @@ class CudaExecutor:
         num_weights = model.num_bytes / placement.dtype.itemsize
         sizes = NO_PADDING if config.enforce_eager else captured_sizes(max_rows, max_tokens, num_weights)
         self.step_sizes = sizes
+        check_activations(model_config, max_tokens, max_rows, placement, torch.cuda.mem_get_info(self._device)[0])
         activations = ActivationBuffers(model_config, max_tokens, max_rows, placement)
         block = block_bytes(model_config, block_size, placement)
         num_host_blocks = plan_swap_space(config, block, free_host_memory(), DEFAULT_SWAP_SPACE)

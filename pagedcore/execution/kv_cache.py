@@ -13,6 +13,7 @@ from pagedcore.config import EngineConfig
 from pagedcore.engine.step_plan import Header
 from pagedcore.errors import ConfigError
 from pagedcore.execution.batch import block_copies, block_swaps
+from pagedcore.layers.activations import ActivationBuffers
 from pagedcore.layers.attention import LayerKVCache
 from pagedcore.layers.linear import Placement
 from pagedcore.models.config import ModelConfig
@@ -173,6 +174,19 @@ def plan_gpu_memory(
         swap_space=swap_space,
         other=other,
     )
+
+
+def check_activations(
+    model_config: ModelConfig, max_tokens: int, max_rows: int, placement: Placement, free_bytes: int
+) -> None:
+    """Raise ConfigError if steps of `max_tokens` tokens and `max_rows` rows need more than the `free_bytes` of the device."""
+    without_memory = dataclasses.replace(placement, device=torch.device("meta"))
+    needed = ActivationBuffers(model_config, max_tokens, max_rows, without_memory).num_bytes
+    if needed > free_bytes:
+        raise ConfigError(
+            f"max_num_batched_tokens = {max_tokens} and max_num_seqs = {max_rows} need {needed / 2**30:,.1f} GiB for "
+            f"activations; beside the weights, {max(free_bytes, 0) / 2**30:,.1f} GiB are free"
+        )
 
 
 def plan_swap_space(config: EngineConfig, block: int, free_bytes: int, default: float = 0.0) -> int:

@@ -21,6 +21,7 @@ from pagedcore.execution.batch import InputBuffers
 from pagedcore.execution.kv_cache import (
     KVCache,
     block_bytes,
+    check_activations,
     free_host_memory,
     plan_memory,
     plan_swap_space,
@@ -104,6 +105,7 @@ class LocalExecutor:
         with torch.inference_mode():
             free_bytes = free_host_memory()
             model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
+            check_activations(model_config, max_num_batched_tokens, max_rows, placement, free_bytes - model.num_bytes)
             activations = ActivationBuffers(model_config, max_num_batched_tokens, max_rows, placement)
             self._inputs = InputBuffers(max_num_batched_tokens, max_rows, table_width, placement.device)
             block = block_bytes(model_config, block_size, placement)

@@ -164,6 +164,12 @@ def test_step_buffers_hold_the_largest_step(driver: Driver) -> None:
     assert all(buffer.dtype == np.int32 for buffer in driver.executor.step_buffers())
 
 
+def test_activations_beyond_the_memory_are_refused_before_they_are_allocated(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens = 1000000000 and max_num_seqs = 8 need [\d,.]+ GiB"):
+        config = EngineConfig(model=str(tmp_path), dtype="float32", max_num_seqs=8)
+        LocalExecutor(config, ModelConfig.from_folder(tmp_path), tmp_path, MAX_MODEL_LEN, 1_000_000_000)
+
+
 def test_dtype_on_a_cpu() -> None:
     assert cpu_dtype("auto", "bfloat16") is torch.bfloat16
     assert cpu_dtype("auto", "float32") is torch.float32
