@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -128,6 +130,7 @@ class ThreadPool {
     work(0);
     gate_.fetch_sub(kOpen);
     wait_for_empty_gate();
+    if (has_failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -135,7 +138,13 @@ class ThreadPool {
 
   // Thread `index` does its own items, then those the others have not begun.
   void work(int32_t index) {
-    const auto body = [this](uint32_t begin, uint32_t end) { (*fn_)(begin, end); };
+    const auto body = [this](uint32_t begin, uint32_t end) {
+      try {
+        (*fn_)(begin, end);
+      } catch (...) {
+        if (!has_failed_.exchange(true)) error_ = std::current_exception();
+      }
+    };
     for (int32_t i = 0; i < num_threads_; ++i) ranges_[(index + i) % num_threads_].take_all(i == 0, grain_, body);
   }
 
@@ -179,6 +188,8 @@ class ThreadPool {
   int32_t num_threads_;
   const RangeFunction* fn_ = nullptr;
   std::unique_ptr<ItemRange[]> ranges_;
+  std::exception_ptr error_;  // the first that an item of the job threw; the caller reads it when the gate is empty
+  std::atomic<bool> has_failed_{false};
   alignas(kCacheLine) std::atomic<uint32_t> gate_{0};
 };
 

@@ -24,8 +24,9 @@ class RangeFunction {
 // Run fn(begin, end) over a partition of [0, n), `grain` items or more to a piece (the last one may be smaller), on the
 // pool's threads and the calling one; returns when all is done. Pieces are handed out dynamically, large ones first, so
 // a thread whose core is taken by a neighbour does not hold up the others. Waiting threads spin for a bounded time,
-// then sleep: a busy neighbour costs its share of the core and no more. Calls from several threads take turns. `fn`
-// must not throw and must not call parallel_for. n: at most 2^32 - 1.
+// then sleep: a busy neighbour costs its share of the core and no more. Calls from several threads take turns. What
+// `fn` throws, on whatever thread, is thrown here when all pieces have been tried: the first of it. `fn` must not call
+// parallel_for. n: at most 2^32 - 1.
 void parallel_for(int64_t n, int64_t grain, RangeFunction fn);
 
 }  // namespace pagedcore::cpu

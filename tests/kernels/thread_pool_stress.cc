@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -39,6 +40,29 @@ void many_jobs(int num_jobs, unsigned seed) {
   }
 }
 
+// A body may run out of memory on any thread: the caller hears of it, and the other items are done all the same.
+void job_that_throws(int64_t n, int64_t bad) {
+  std::vector<std::atomic<int>> times(n);
+  bool caught = false;
+  try {
+    parallel_for(n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        ++times[i];
+        if (i == bad) throw std::bad_alloc();
+      }
+    });
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  check(caught, "what a body throws reaches the caller");
+  int64_t done = 0;
+  for (const auto& count : times) {
+    check(count <= 1, "no item is done twice after one has thrown");
+    done += count;
+  }
+  check(done > 0 && times[bad] == 1, "the item that threw was begun");
+}
+
 }  // namespace
 
 int main() {
@@ -46,6 +70,8 @@ int main() {
     pagedcore::cpu::set_num_threads(threads);
     check(pagedcore::cpu::num_threads() == threads, "num_threads is what was set");
     many_jobs(4000, threads);
+    for (int64_t bad = 0; bad < 64; ++bad) job_that_throws(64, bad);
+    one_job(1000, 1);
   }
   std::vector<std::thread> callers;
   for (unsigned seed = 0; seed < 3; ++seed) callers.emplace_back(many_jobs, 200000, seed);
