@@ -100,6 +100,14 @@ class GroupLifecycle:
         group.restart()
         self._drop_in_flight(group)
 
+    def restart_if_moving(self, group: SequenceGroup) -> None:
+        """Restart a group whose copies to the host or back are pending, now that one of its tables has been released.
+
+        The copies into the blocks of that table must not be made: they may be somebody else's by then.
+        """
+        if self._swap_space.is_moving(group):
+            self.restart(group)
+
     def abort(self, group: SequenceGroup, reason: FinishReason = FinishReason.ABORT) -> None:
         """End an unfinished group wherever it is; its blocks are back in the pool on return.
 
@@ -125,6 +133,7 @@ class GroupLifecycle:
             self._packer.remove(seq)
         group.sequences.remove(seq)
         group.num_ended_tokens += seq.num_output_tokens
+        self.restart_if_moving(group)
 
     def end_group(self, group: SequenceGroup, reason: FinishReason) -> None:
         """Take a group off its queue, for good, and its blocks back."""

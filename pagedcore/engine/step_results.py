@@ -114,6 +114,8 @@ class StepResults:
                 self._packer.remove(dropped)
             for _, child in change.forked:
                 self._packer.add(child, group.num_logprobs)
+        if change.dropped:
+            self._groups.restart_if_moving(group)
         return []
 
     def _outputs(

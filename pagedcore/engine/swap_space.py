@@ -69,6 +69,10 @@ class SwapSpace:
         self._out = [move for move in self._out if move.group is not group]
         self._in = [move for move in self._in if move.group is not group]
 
+    def is_moving(self, group: SequenceGroup) -> bool:
+        """Whether blocks of a group are still to be copied."""
+        return any(move.group is group for moves in (self._out, self._in) for move in moves)
+
     def take(self) -> Swaps | None:
         """What the step being planned has to copy first; None: nothing."""
         if not self._out and not self._in:

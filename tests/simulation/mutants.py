@@ -69,6 +69,13 @@ PYTHON_MUTANTS = (
         "",
     ),
     Mutant(
+        "blocks of an ended sequence are still copied in",
+        "engine/lifecycle.py",
+        "        self.restart_if_moving(group)\n",
+        "",
+        near=1280,
+    ),
+    Mutant(
         "rows of a group are given back once, however many there are",
         "engine/lifecycle.py",
         "self.num_reserved_rows -= group.width",

@@ -69,6 +69,15 @@ class StopString:
 
 
 @dataclass(frozen=True)
+class StopBeforeSwap:
+    """A stop string, found while blocks wait for a step to copy them to the host or back, for the `number`-th time, from 0 on."""
+
+    number: int
+    request_id: str
+    index: int
+
+
+@dataclass(frozen=True)
 class ClockJump:
     """The machine was suspended, or something took very long."""
 
@@ -117,7 +126,7 @@ class NoRoom:
 
 TimedEvent: TypeAlias = Arrival | Cancel | StopString | ClockJump | Shutdown
 Fault: TypeAlias = StepFailure | SwapFailure | BadLogits | NoRoom
-Event: TypeAlias = TimedEvent | Fault
+Event: TypeAlias = TimedEvent | StopBeforeSwap | Fault
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,8 @@ def make_scenario(seed: int) -> Scenario:
         events.append(ClockJump(rng.random() * 15, rng.choice((3.0, 1000.0))))
     if rng.random() < 0.03:
         events.append(Shutdown(rng.random() * 30))
-    return Scenario(seed, setup, (*events, *_make_faults(rng)))
+    faults = _make_faults(rng)
+    return Scenario(seed, setup, (*events, *faults, *_make_stops_before_swaps(rng, arrivals)))
 
 
 def _make_setup(rng: random.Random) -> Setup:
@@ -248,6 +258,17 @@ def _make_params(rng: random.Random, setup: Setup, priority: int) -> SamplingPar
 def _params(**values: Any) -> SamplingParams:
     """Sampling parameters, which are checked at length when they are made, and may be shared."""
     return SamplingParams(**values)
+
+
+def _make_stops_before_swaps(rng: random.Random, arrivals: list[Arrival]) -> list[StopBeforeSwap]:
+    """Perhaps for one sequence each of the requests that have several, at any of the first occasions."""
+    if rng.random() < 0.5:
+        return []
+    wide = [arrival for arrival in arrivals if arrival.params.num_sequences > 1]
+    return [
+        StopBeforeSwap(rng.choice((0, 0, 0, 1, 2)), arrival.request_id, rng.randrange(arrival.params.num_sequences))
+        for arrival in wide
+    ]
 
 
 def _make_faults(rng: random.Random) -> list[Fault]:

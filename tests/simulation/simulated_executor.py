@@ -119,6 +119,8 @@ class SimulatedExecutor:
     def launch(self, plan: StepPlan) -> _Launched:
         self.num_launched += 1
         fresh = self._blocks.take_fresh_blocks()
+        if plan.swapped:
+            self._check_swaps(plan)
         return _Launched(lambda: self._run(plan, fresh), self._on_wait, eagerly=self._setup.launches_eagerly)
 
     def shutdown(self) -> None:
@@ -147,6 +149,17 @@ class SimulatedExecutor:
             self._count_operation()
             destination[dst][:] = source[src]
 
+    def _check_swaps(self, plan: StepPlan) -> None:
+        """What comes in goes to blocks that the groups still have, each once: any other may be somebody else's."""
+        data: list[int] = plan.buffer[: plan.used].tolist()
+        _, _, ins, end = _copy_sections(data)
+        owned: set[int] = set()
+        for group in plan.swapped:
+            for seq_id in self._blocks.resident.intersection(group.table_ids):
+                owned.update(self._blocks.block_table(seq_id))
+        foreign = set(data[ins + 1 : end : 2]) - owned
+        require(not foreign, f"blocks {sorted(foreign)} come in that are in no table of their group")
+
     def _planned_failure(self, plan: StepPlan) -> int:
         """After how many operations the step fails; -1: it does not."""
         num_done = self._faults.num_done.get(plan.step_id - self._first_step, -1)
@@ -157,16 +170,13 @@ class SimulatedExecutor:
 
     def _carry_out(self, plan: StepPlan, fresh: list[int]) -> StepResult:
         data: list[int] = plan.buffer[: plan.used].tolist()
-        num_tokens, num_rows, width, _, num_real_rows, _, _, num_copies = data[:8]
-        max_logprobs, num_outs, num_ins = data[11:14]
-        sampling = HEADER_SIZE + 3 * num_tokens + 2 * num_rows + 1 + num_rows * width
-        copies = sampling + num_rows * NUM_SAMPLING_COLUMNS
-        outs = copies + 2 * num_copies
-        ins = outs + 2 * num_outs
+        num_rows, num_real_rows, max_logprobs = data[1], data[4], data[11]
+        copies, outs, ins, end = _copy_sections(data)
+        sampling = copies - num_rows * NUM_SAMPLING_COLUMNS
         self._copy(data[outs:ins], self._device, self._host)
         for block in fresh:
             self._device[block][:] = [POISON] * self._setup.block_size
-        self._copy(data[ins : ins + 2 * num_ins], self._host, self._device)
+        self._copy(data[ins:end], self._host, self._device)
         self._copy(data[copies:outs], self._device, self._device)
         contexts = self._compute(data)
         if self._num_left >= 0:
@@ -240,6 +250,16 @@ class SimulatedExecutor:
         real, padding = slots[:num_real_tokens], slots[num_real_tokens:]
         require(len(set(real)) == len(real), "a slot is written twice in a step")
         require(all(slot == -1 for slot in padding), "padding has a slot")
+
+
+def _copy_sections(data: list[int]) -> tuple[int, int, int, int]:
+    """Where a step's copies on the device, to the host and from the host begin, and where the last ones end."""
+    num_tokens, num_rows, width, _, _, _, _, num_copies = data[:8]
+    num_outs, num_ins = data[12:14]
+    copies = HEADER_SIZE + 3 * num_tokens + 2 * num_rows + 1 + num_rows * (width + NUM_SAMPLING_COLUMNS)
+    outs = copies + 2 * num_copies
+    ins = outs + 2 * num_outs
+    return copies, outs, ins, ins + 2 * num_ins
 
 
 def _result(token_ids: list[int], contexts: list[int], max_logprobs: int) -> StepResult:

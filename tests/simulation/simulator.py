@@ -28,6 +28,7 @@ from tests.simulation.scenario import (
     Scenario,
     Setup,
     Shutdown,
+    StopBeforeSwap,
     StopString,
     TimedEvent,
 )
@@ -60,6 +61,8 @@ class Simulation:
         self._setup = setup = scenario.setup
         events = scenario.events
         self._events = sorted((e for e in events if isinstance(e, TimedEvent)), key=lambda event: event.at)
+        self._stops_before_swaps = [event for event in events if isinstance(event, StopBeforeSwap)]
+        self._num_pending_swaps = 0  # turns that left copies to a later one
         self._no_room = [fault for fault in events if isinstance(fault, NoRoom)]
         self._faults = ExecutorFaults.of(fault for fault in events if isinstance(fault, Fault))
         self._blocks = WatchedBlocks(
@@ -88,6 +91,7 @@ class Simulation:
         num_idle = 0
         for _ in range(MAX_TURNS):
             before, num_launched, num_refused = self.now, self._executor.num_launched, self._blocks.num_refused
+            num_swaps = self._blocks.num_swaps
             known = [*self._open.values()]
             waiting = [client for client in known if not client.is_admitted]
             due = [client.what_is_due() for client in known]
@@ -103,6 +107,8 @@ class Simulation:
             is_idle = self._executor.num_launched == num_launched and self._blocks.num_refused == num_refused
             num_idle = num_idle + 1 if is_idle and self._engine.has_work() else 0
             require(num_idle <= MAX_IDLE_TURNS, "there is work, and no step")
+            if self._executor.num_launched == num_launched and self._blocks.num_swaps > num_swaps:
+                self._stop_before_swap()
             if self.now == before:
                 self._pass(STEP_SECONDS)
         else:
@@ -141,6 +147,12 @@ class Simulation:
         self._thread.expire_due()
         self._drop_finished()
 
+    def _stop_before_swap(self) -> None:
+        for event in self._stops_before_swaps:
+            if event.number == self._num_pending_swaps:
+                self._stop(event.request_id, event.index)
+        self._num_pending_swaps += 1
+
     def _turn(self) -> bool:
         try:
             has_worked = self._thread.turn()
@@ -168,14 +180,17 @@ class Simulation:
             if event.request_id in self._open:
                 self._open[event.request_id].cancel()
         elif isinstance(event, StopString):
-            self._thread.end_sequence(event.request_id, event.index)
-            if event.request_id in self._open:
-                self._open[event.request_id].stop(event.index)
+            self._stop(event.request_id, event.index)
         elif isinstance(event, ClockJump):
             self.now += event.seconds
             self._thread.expire_due()
         elif isinstance(event, Shutdown):
             self._close(None)
+
+    def _stop(self, request_id: str, index: int) -> None:
+        self._thread.end_sequence(request_id, index)
+        if request_id in self._open:
+            self._open[request_id].stop(index)
 
     def _arrive(self, event: Arrival) -> None:
         deadline = None if event.timeout is None else Deadline(event.timeout, self.now)

@@ -13,7 +13,7 @@ from pagedcore.engine.sequence import Sequence
 from pagedcore.engine.sequence_group import SequenceGroup
 from pagedcore.engine.step_sizes import NO_PADDING
 from pagedcore.engine.swap_space import PreemptionMode, SwapSpace
-from tests.simulation.scenario import Arrival, Event, Scenario, Setup
+from tests.simulation.scenario import Arrival, Event, Scenario, Setup, StopBeforeSwap
 from tests.simulation.simulator import simulate
 
 
@@ -40,8 +40,10 @@ def make_setup(**different: Any) -> Setup:
     return Setup(**values | different)
 
 
-def arrival(at: float, name: str, length: int, output: int, priority: int = 0, timeout: float | None = None) -> Arrival:
-    params = SamplingParams(temperature=0, seed=1, max_tokens=output, ignore_eos=True, priority=priority)
+def arrival(
+    at: float, name: str, length: int, output: int, priority: int = 0, timeout: float | None = None, n: int = 1
+) -> Arrival:
+    params = SamplingParams(temperature=0, seed=1, max_tokens=output, ignore_eos=True, priority=priority, n=n)
     prompt = tuple((position * position + len(name)) % 5 + 1 for position in range(length))
     return Arrival(at, name, prompt, params, timeout=timeout)
 
@@ -64,8 +66,21 @@ def same_id_after_a_deadline() -> tuple[Setup, list[Event]]:
     return make_setup(), [arrival(0.0, "x", 5, 9, timeout=2.25), arrival(2.5, "x", 5, 9), arrival(4.5, "x", 5, 9)]
 
 
+def partly_ended_on_its_way_back() -> tuple[Setup, list[Event]]:
+    """Two copies wrote the same block: one of them for a sequence that had ended before the step that was to bring it back."""
+    setup = make_setup(num_blocks=10, num_host_blocks=24, max_num_seqs=8, preemption_mode=PreemptionMode.SWAP)
+    wide = [arrival(0.0, "wide", 6, 11, 1, n=3), arrival(0.0, "other", 5, 9, 2, n=2)]
+    return setup, [*wide, arrival(2.5, "urgent", 16, 3, -1), StopBeforeSwap(0, "wide", 1)]
+
+
 @pytest.mark.parametrize(
-    "case", [preempted_while_on_its_way_back, readmitted_in_the_step_that_preempted_it, same_id_after_a_deadline]
+    "case",
+    [
+        preempted_while_on_its_way_back,
+        readmitted_in_the_step_that_preempted_it,
+        same_id_after_a_deadline,
+        partly_ended_on_its_way_back,
+    ],
 )
 def test_what_the_simulator_found_stays_mended(case: Any) -> None:
     setup, events = case()

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class WatchedBlocks(SingleGrowth):
     """Keeps a book of its own of the sequences that have a table. Every request for blocks has a number, from 0 on.
 
-    `num_refused`: how many of them it refused on order. `on_commit` is called with a table, its tokens and how many of
-    them are said to be computed.
+    `num_refused`: how many of them it refused on order; `num_swaps`: how often it moved a group to the host or back.
+    `on_commit` is called with a table, its tokens and how many of them are said to be computed.
     """
 
     def __init__(self, num_blocks: int, block_size: int, **options: Any) -> None:
@@ -28,6 +28,7 @@ class WatchedBlocks(SingleGrowth):
         self.on_host: set[int] = set()
         self.fresh_blocks: list[int] = []
         self.num_refused = 0
+        self.num_swaps = 0
         self.on_commit: Callable[[list[int], array[int], int], None] | None = None
         self._refused: frozenset[int] = frozenset()
         self._num_requests = 0
@@ -65,6 +66,7 @@ class WatchedBlocks(SingleGrowth):
     def swap_out(self, seq_ids: list[int]) -> list[tuple[int, int]] | None:
         pairs = None if self._is_refused() else super().swap_out(seq_ids)
         if pairs is not None:
+            self.num_swaps += 1
             self.resident -= set(seq_ids)
             self.on_host |= set(seq_ids)
         return pairs
@@ -72,6 +74,7 @@ class WatchedBlocks(SingleGrowth):
     def swap_in(self, seq_ids: list[int]) -> list[tuple[int, int]] | None:
         pairs = None if self._is_refused() else super().swap_in(seq_ids)
         if pairs is not None:
+            self.num_swaps += 1
             self.on_host -= set(seq_ids)
             self.resident |= set(seq_ids)
             self.fresh_blocks += [device for device, _ in pairs]
