@@ -150,7 +150,8 @@ class LLM:
                     for output in engine.step():
                         generation = unfinished[output.request_id]
                         if generation.take(output):  # a stop string, which only the text shows
-                            engine.end_sequence(output.request_id, output.index)
+                            for end in engine.end_sequence(output.request_id, output.index):
+                                generation.note_end(end)
                         if generation.result.finished:
                             del unfinished[output.request_id]
                             progress.update()
@@ -196,10 +197,14 @@ class _Generation:
         if output.error is not None:
             raise output.error
         stopped = self._completions[output.index].take(output)
-        if all(completion.output.finish_reason is not None for completion in self._completions):
-            self.result.finished = True
-            self.result.num_cached_tokens = output.num_cached_tokens
+        if output.finish_reason is not None:
+            self.note_end(output)
+        self.result.finished = all(completion.output.finish_reason is not None for completion in self._completions)
         return stopped
+
+    def note_end(self, output: TokenOutput) -> None:
+        """Take over what only the last output of a sequence says of the request."""
+        self.result.num_cached_tokens = output.num_cached_tokens
 
 
 class _Completion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,9 +157,12 @@ def test_bad_words_are_left_out_and_prompts_truncated(llm: LLM) -> None:
 
 def test_shared_prefixes_are_computed_once(llm: LLM) -> None:
     prompt = "A long story about a fox and a hare. " * 8
-    params = SamplingParams(temperature=0, max_tokens=2)
-    llm.generate(prompt, params, use_tqdm=False)
-    assert llm.generate(prompt, params, use_tqdm=False)[0].num_cached_tokens >= 64
+    params = SamplingParams(temperature=0, max_tokens=8)
+    text = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].text
+    for stop in (None, text[4:8]):
+        again = llm.generate(prompt, dataclasses.replace(params, stop=stop or ()), use_tqdm=False)[0]
+        assert again.outputs[0].stop_reason == stop
+        assert again.num_cached_tokens >= 64
 
 
 def test_pinned_prefixes_and_swap_space_of_a_configuration() -> None:

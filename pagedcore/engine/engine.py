@@ -35,7 +35,7 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class RequestProgress:
-    """`state`: queued, running, preempted, ...; `num_output_tokens`: of all its sequences that are not through, together."""
+    """`state`: queued, running, preempted, ...; `num_output_tokens`: of all its sequences, together."""
 
     state: str
     num_output_tokens: int
@@ -153,7 +153,7 @@ class Engine:
         group = self._groups.get(request_id)
         if group is None:
             return RequestProgress("queued", 0)
-        num_output_tokens = sum(sequence.num_output_tokens for sequence in (*group.sequences, *group.held))
+        num_output_tokens = group.num_ended_tokens + sum(seq.num_output_tokens for seq in tuple(group.sequences))
         state = "queued" if group.status is GroupStatus.WAITING else group.status.value
         return RequestProgress(state, num_output_tokens)
 

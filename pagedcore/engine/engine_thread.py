@@ -249,6 +249,8 @@ class EngineThread:
     def _add(self, request: Request) -> None:
         try:
             with self._lock:
+                if self._closed:
+                    return  # all requests have been answered
                 self._num_posted -= 1
                 self._num_posted_tokens -= len(request.prompt_token_ids)
                 if request.request_id in self._open:  # else its deadline has passed
@@ -295,8 +297,9 @@ class EngineThread:
         with self._lock:
             self._error = self._error or error
             self._closed = True
+            self._inbox.clear()
+            self._num_posted = self._num_posted_tokens = 0
         self._deadlines.stop()
-        self._inbox.clear()
         self._open.fail_all(self._end_error())
 
     def _end_error(self) -> EngineDeadError:

@@ -171,6 +171,8 @@ class SamplingParams:
         self._check_integer("n", 1, MAX_SEQUENCES)
         self._check_integer("best_of", 1, MAX_SEQUENCES, optional=True)
         self._check_integer("beam_width", MIN_BEAM_WIDTH, MAX_SEQUENCES, optional=True)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(f'early_stopping must be true, false or "never", got {shown(self.early_stopping)}')
         self._check_float("length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
         self._check_float("presence_penalty", -2.0, 2.0)
         self._check_float("frequency_penalty", -2.0, 2.0)
@@ -325,13 +327,11 @@ class SamplingParams:
             raise RequestError(f"n must be in [1, {width}] ({name}) with beam search, got {self.n}")
         if self.temperature != 0.0:
             raise RequestError(f"temperature must be 0 with beam search, got {self.temperature:g}")
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise RequestError(f'early_stopping must be true, false or "never", got {shown(self.early_stopping)}')
         for field_name, off in _OFF_WITH_BEAM_SEARCH.items():
             if getattr(self, field_name) != off:
+                allowed = "null or left out" if off is None else "empty" if off == () else f"{off:g}"
                 raise RequestError(
-                    f"{field_name} must be {off if off != () else 'empty'} with beam search, "
-                    f"got {shown(getattr(self, field_name))}"
+                    f"{field_name} must be {allowed} with beam search, got {shown(getattr(self, field_name))}"
                 )
         for field_name, value in (("use_beam_search", True), ("beam_width", width), ("best_of", width)):
             object.__setattr__(self, field_name, value)

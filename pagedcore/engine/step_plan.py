@@ -152,9 +152,9 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step drew, row by row. Rows that do not sample hold values without meaning.
+    """What a step drew, row by row. Rows that do not sample hold values without meaning, but for a token id of -1.
 
-    token_ids: [num_rows] int32, -1 in a row whose logits were not finite (the row fails, the rest go on)
+    token_ids: [num_rows] int32, -1 in a row whose logits were not finite (its request fails, the rest go on)
     With log probabilities: chosen_logprobs [num_rows] float32, chosen_ranks [num_rows] int32 (1: most likely),
     top_logprobs [num_rows, k] float32 and top_token_ids [num_rows, k] int32, descending, k = Header.max_logprobs.
     """

@@ -55,7 +55,7 @@ class StepResults:
             seq.num_in_flight -= samples
             token = token_ids[row]
             group = seq.group
-            if samples and token < 0:  # its K/V may be as bad as its logits: nothing of it is registered
+            if token < 0:  # its K/V may be as bad as its logits, also where none is drawn: nothing of it is registered
                 outputs.append(self._fail_bad_logits(group))
                 continue
             end = start + n

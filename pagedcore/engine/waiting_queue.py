@@ -80,6 +80,9 @@ class WaitingQueue:
         self._note_tenants(group.priority, queue)
         if queue.num_open == 0:
             del self._queues[group.priority]
+            if len(self._priorities) > 2 * len(self._queues):
+                self._in_heap.intersection_update(self._queues)
+                self._priorities = sorted(self._in_heap)  # a sorted list is a heap
 
     def _note_tenants(self, priority: int, queue: FairQueue) -> None:
         if queue.num_open > 0 and queue.num_tenants > 1:

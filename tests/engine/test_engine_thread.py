@@ -309,6 +309,17 @@ def test_deadlines_are_kept_while_the_engine_hangs_and_the_blocks_come_back_afte
     thread.shutdown()
 
 
+def test_nothing_waits_in_a_closed_engine() -> None:
+    engine, _, _ = make_engine()
+    thread = EngineThread(engine, NO_LIMITS)
+    sink = Collector()
+    thread.submit(Request("x", [2] * 9, SamplingParams()), sink)
+    assert (thread.stats().num_waiting, thread.stats().num_waiting_tokens) == (1, 9)
+    thread.close()
+    assert sink.reason is FinishReason.ERROR
+    assert (thread.stats().num_waiting, thread.stats().num_waiting_tokens) == (0, 0)
+
+
 def test_a_deadline_ends_a_running_request_once_and_says_how_far_it_got() -> None:
     engine, executor, _ = make_engine(num_blocks=48)
     thread = EngineThread(engine, NO_LIMITS)

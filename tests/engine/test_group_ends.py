@@ -48,6 +48,18 @@ def test_one_sequence_can_be_ended_and_the_others_go_on() -> None:
             assert index == 2 or tokens == wanted["x", index]
 
 
+@pytest.mark.parametrize("best_of", [3, 4])  # the second one: outputs are held until all have ended
+def test_progress_counts_what_ended_sequences_have_generated(best_of: int) -> None:
+    run = start(num_blocks=64)
+    run.add(Request("x", [3] * 9, SamplingParams(n=3, best_of=best_of, seed=1, max_tokens=30, ignore_eos=True)))
+    for _ in range(8):
+        run.take(run.engine.step())
+    before = run.engine.progress("x").num_output_tokens
+    assert before == best_of * 7, "the last step is in flight"
+    run.take(run.engine.end_sequence("x", 1))
+    assert run.engine.progress("x").num_output_tokens == before
+
+
 @pytest.mark.parametrize("one_step_ahead", [False, True])
 def test_an_abort_at_any_step_ends_the_whole_request_with_one_message(one_step_ahead: bool) -> None:
     for at in range(0, 40, 3):

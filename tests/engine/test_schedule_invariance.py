@@ -251,8 +251,9 @@ def test_a_step_launched_before_a_failure_was_known_costs_its_newcomers_nothing(
     assert blocks.num_free_blocks == blocks.num_blocks
 
 
-def test_nothing_of_a_row_that_is_not_finite_is_cached() -> None:
-    engine, executor, _ = make_engine()
+@pytest.mark.parametrize("budget", [32, 8])  # the second one: the prompt in chunks, the first of which draw nothing
+def test_nothing_of_a_row_that_is_not_finite_is_cached(budget: int) -> None:
+    engine, executor, _ = make_engine(max_num_batched_tokens=budget)
     executor.broken_steps = {0}
     prompt = list(range(20))
     first = Request("x", prompt, SamplingParams(temperature=0, max_tokens=4))

@@ -153,6 +153,21 @@ def test_what_tenants_that_keep_waiting_get_differs_by_a_bounded_number_of_token
     assert min(served.values()) > 5 * bound, "the run was long enough for the bound to mean something"
 
 
+def test_priorities_that_nobody_has_any_more_are_forgotten() -> None:
+    queue = WaitingQueue()
+    first, later = make_group(0, priority=-5), make_group(1, priority=7)
+    queue.add(first)
+    queue.add(later)
+    for number in range(2, 1000):
+        group = make_group(number, priority=number)
+        queue.add(group)
+        queue.close(group, waits=True)
+    assert len(queue._priorities) == len(queue._in_heap) <= 4
+    assert queue.peek() is first
+    queue.close(first, waits=True)
+    assert queue.peek() is later
+
+
 def queued(queue: WaitingQueue) -> list[SequenceGroup]:
     return [
         group for fair in queue._queues.values() for account in fair._accounts.values() for group in account.waiting
