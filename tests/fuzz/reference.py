@@ -49,7 +49,7 @@ def allows(name: str, value: Any) -> bool | None:
     if name in _FLAGS:
         return value is True or value is False
     if name in BEAMS:
-        return name != "beam_width" and (value is False or (name == "early_stopping" and value == 0))
+        return name != "beam_width" and value is False
     if name == "tenant":
         return type(value) is str and len(value) <= 128
     if name == "logit_bias":
