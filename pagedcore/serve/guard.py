@@ -2,6 +2,9 @@
 
 Standard input is a pipe held by the parent, so that the clean-up also happens when the parent is killed. A byte in it ends the
 server at once, without waiting for running requests. With --detached only a signal counts, as in a container.
+
+In the prefix and the command, {unique} stands for a text that no other run has: containers can share /dev/shm, and their process
+ids. {secret} in the command is one that nobody knows, to close an endpoint that a key would open.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -16,6 +20,7 @@ import sys
 from pathlib import Path
 
 _POLL_S = 0.1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: list[str]) -> int:
@@ -26,15 +31,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--detached", action="store_true", help="leave standard input alone")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    unique = secrets.token_hex(6)
+    shm_prefix = given.shm_prefix.replace("{unique}", unique)
+    secret = secrets.token_hex(16)
+    command = [part.replace("{unique}", unique).replace("{secret}", secret) for part in given.command]
+    for number in _SIGNALS:
         signal.signal(number, signal.default_int_handler)
     # Inherited by server and stub: a thread that wakes up to send a token does not throw a kernel off its core half-way, for
     # which all other cores would have to wait.
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    server = subprocess.Popen(given.command, stdin=subprocess.DEVNULL, start_new_session=True)
+    with contextlib.suppress(PermissionError):  # it may be forbidden in a container
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # A signal waits until there is somebody to pass it on to; the server itself must not inherit that (no threads here: safe).
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_unblock_signals)  # noqa: PLW1509
     try:
         at_once = False
         with contextlib.suppress(KeyboardInterrupt):
+            _unblock_signals()
             if given.detached:
                 server.wait()
             else:
@@ -46,13 +59,18 @@ def main(arguments: list[str]) -> int:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(given.grace)
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # what follows takes a moment and must be whole
         # Also after an orderly end: a crashed server leaves its stubs behind, in its process group.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-        for region in Path("/dev/shm").glob(f"{given.shm_prefix}*"):
+        for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
             region.unlink(missing_ok=True)
     return server.returncode
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _wait_for_end(server: subprocess.Popen[bytes]) -> bool:

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import yaml
 from pagedcore_triton.metric_families import gauges
+from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from pagedcore.serve.triton_install import ensure_tritonserver
 from pagedcore.serve.triton_server import child_environment, find_free_port
 from tests.serve.processes import assert_nothing_is_left, wait_for
-from tests.triton.clients import grpc_stream
+from tests.triton.clients import MODEL, grpc_stream
 from tests.triton.conftest import ENGINE_ARGUMENTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -109,6 +110,24 @@ def container_command(container: dict[str, Any], root: Path, prefix: str, ports:
     return [sys.executable, *command, f"--backend-directory={installation.backend_directory}"]
 
 
+def assert_closed_to_clients(http: int, grpc: int) -> None:
+    for path in ("systemsharedmemory/status", "cudasharedmemory/status", "trace/setting", "logging"):
+        command = ["curl", "-so", "/dev/null", "-w", "%{http_code}", f"http://127.0.0.1:{http}/v2/{path}"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "403", path
+    with InferenceServerClient(f"127.0.0.1:{grpc}") as client:
+        for ask in (client.get_system_shared_memory_status, client.get_model_repository_index, client.get_log_settings):
+            with pytest.raises(InferenceServerException, match="This protocol is restricted"):
+                ask()
+        assert client.is_model_ready(MODEL)
+
+
+def test_no_recipe_opens_a_port_to_the_internet() -> None:
+    (task,) = documents(ROOT / "deploy" / "skypilot.yaml")
+    assert "ports" not in task["resources"] and "service" not in task and "HOST" not in task["run"]
+    published = re.findall(r"^docker run.* -p (\S+)", (ROOT / "deploy" / "README.md").read_text(), re.MULTILINE)
+    assert published and all(ports.startswith("127.0.0.1:") for ports in published)
+
+
 def test_the_containers_command_serves_and_ends_what_is_open_with_an_answer(
     container: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -132,6 +151,7 @@ def test_the_containers_command_serves_and_ends_what_is_open_with_an_answer(
             ready = ["curl", "-sf", f"http://127.0.0.1:{http}{container['readinessProbe']['httpGet']['path']}"]
             assert wait_for(lambda: guard.poll() is not None or subprocess.run(ready, check=False).returncode == 0, 60)
             assert subprocess.run(container["livenessProbe"]["exec"]["command"], check=False).returncode == 0
+            assert_closed_to_clients(http, grpc)
             with grpc_stream(f"127.0.0.1:{grpc}") as stream:
                 sampling = json.dumps({"max_tokens": 300, "ignore_eos": True})
                 stream.send({"text_input": "one two three", "stream": True, "sampling_parameters": sampling})

@@ -77,6 +77,56 @@ def test_the_server_does_not_outlive_a_killed_parent(echo_repository: Path, tmp_
     assert_nothing_is_left(prefix)
 
 
+def _guard(prefix: str, *command: str, code: tuple[str, ...] = ("-m", "pagedcore.serve.guard")) -> list[str]:
+    return [sys.executable, *code, "--detached", f"--shm-prefix={prefix}", "--grace=20", *command]
+
+
+def test_a_guards_end_leaves_the_regions_of_its_like_alone() -> None:
+    """As in two containers that share /dev/shm and were started by the same command."""
+    prefix = f"guarded{os.getpid()}_"
+    make_region = ["sh", "-c", 'touch "/dev/shm/$0region"; exec sleep 60', prefix + "{unique}_"]
+    with (
+        subprocess.Popen(_guard(prefix + "{unique}_", *make_region)) as first,
+        subprocess.Popen(_guard(prefix + "{unique}_", *make_region)) as second,
+    ):
+        try:
+            assert wait_for(lambda: len(shared_memory_with(prefix)) == 2, 20)
+            first.terminate()
+            first.wait()
+            assert len(shared_memory_with(prefix)) == 1
+        finally:
+            first.terminate()
+            second.terminate()
+    assert_nothing_is_left(prefix)
+
+
+# A signal comes when the server's process is there and the guard does not know it yet. A container may forbid what it may here.
+_EARLY_SIGNAL = """
+import os, signal, subprocess, sys
+from pagedcore.serve import guard
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def refuse(*arguments):
+    raise PermissionError
+
+subprocess.Popen = Popen
+os.sched_setscheduler = refuse
+sys.exit(guard.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_the_server_is_being_started_ends_it() -> None:
+    prefix = f"guarded{os.getpid()}_"
+    command = ["sh", "-c", "sleep 60 & wait", prefix]
+    result = subprocess.run(_guard(prefix, *command, code=("-c", _EARLY_SIGNAL)), timeout=50, check=False)
+    assert result.returncode == 256 - signal.SIGTERM  # of the server, which got the signal and was not killed
+    assert_nothing_is_left(prefix)
+
+
 def test_a_model_that_does_not_load_is_reported_in_one_line(failing_repository: Path, tmp_path: Path) -> None:
     server = TritonServer(failing_repository, log_path=tmp_path / "log")
     expected = 'tritonserver stopped: ValueError: dtype must be one of auto, float32, got "int3" (log: '
