@@ -38,7 +38,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "presence_penalty": {"presence_penalty": 0.5},
     "min_tokens": {"min_tokens": MAX_MODEL_LEN, "stop_token_ids": [0]},
     "logprobs = 5": {"logprobs": NUM_LOGPROBS},
+    "128 bad words": {"bad_words": ["stands for one of BAD_WORDS"] * 128},
 }
+# Token ids of two spellings of each bad word, as many as a request may have: of 1 to 3 tokens, the last of which some draws allow.
+BAD_WORDS = tuple((17, word % 20, 100 + word)[word % 3 :] for word in range(256))
 
 
 def prepare(num_sequences: int, options: Mapping[str, Any]) -> Scheduler:
@@ -51,9 +54,8 @@ def prepare(num_sequences: int, options: Mapping[str, Any]) -> Scheduler:
     for number in range(num_sequences):
         prompt = rng.integers(0, 50_000, int(rng.integers(100, 1025))).tolist()
         params = SamplingParams(temperature=0.6, seed=number, max_tokens=None, ignore_eos=True, **options)
-        sequence = Sequence(
-            number, Request(str(number), prompt, params), MAX_MODEL_LEN, frozenset(params.stop_token_ids), number
-        )
+        request = Request(str(number), prompt, params, bad_words=BAD_WORDS if params.bad_words else ())
+        sequence = Sequence(number, request, MAX_MODEL_LEN, frozenset(params.stop_token_ids), number)
         sequences.append(sequence)
         scheduler.add(SequenceGroup(sequence))
     while any(sequence.num_tokens - sequence.num_computed_tokens > 1 for sequence in sequences):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pagedcore.engine.executor import Executor, PendingStep
 from pagedcore.engine.outputs import EngineStats, TokenOutput
@@ -15,7 +15,7 @@ from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup
 from pagedcore.engine.step_plan import StepPlan
-from pagedcore.engine.token_rules import check_token_rules
+from pagedcore.engine.token_rules import check_token_rules, reachable_words
 from pagedcore.errors import EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ class Engine:
         if low < 0 or high >= limits.vocab_size:
             wrong = low if low < 0 else high
             raise RequestError(f"prompt_token_ids must be in [0, {limits.vocab_size - 1}], got {wrong}")
-        check_token_rules(params, request.bad_words, self._stop_token_ids(params), limits.vocab_size)
+        bad_words = reachable_words(request.bad_words, limits.vocab_size)
+        check_token_rules(params, bad_words, self._stop_token_ids(params), limits.vocab_size)
         if params.logprobs is not None and params.logprobs > limits.max_logprobs:
             raise RequestError(f"logprobs must be in [0, {limits.max_logprobs}] (max_logprobs), got {params.logprobs}")
         num_stops = len({*params.stop_token_ids, *(() if params.ignore_eos else limits.eos_token_ids)})
@@ -103,6 +104,8 @@ class Engine:
             raise RequestError(f"request_id {request.request_id!r} is in use by an unfinished request")
         max_total_tokens = self.check(request)
         params = request.sampling_params
+        if request.bad_words:
+            request = replace(request, bad_words=reachable_words(request.bad_words, self.limits.vocab_size))
         stop_token_ids = self._stop_token_ids(params)
         seed = params.seed if params.seed is not None else mix_seed(self._seed, self._num_requests)
         self._num_requests += 1

@@ -33,7 +33,7 @@ from pagedcore.engine.sampling_params import (
 )
 from pagedcore.engine.sequence import Sequence
 from pagedcore.engine.step_plan import NUM_SAMPLING_COLUMNS, Int32Array, SamplingColumn
-from pagedcore.engine.token_rules import ALWAYS, bad_word_bans
+from pagedcore.engine.token_rules import ALWAYS, BadWordBans
 
 IN_FLIGHT = -1
 EXTRAS_HEADER_SIZE = 8
@@ -86,6 +86,7 @@ class FixedExtras:
     penalties: [8] int32, see `PenaltyColumn`; row and output tokens are still 0
     biases: [d, 3] int32 and stop_bans: [c, 3] int32, as on the wire, but for the row; the bans hold until `min_tokens` are output
     allowed: [f] int32 token ids
+    bad_words: for no token in flight and for one; empty: there are none
     """
 
     has_penalties: bool
@@ -95,6 +96,7 @@ class FixedExtras:
     allowed: Int32Array
     stop_bans: Int32Array
     min_tokens: int
+    bad_words: tuple[BadWordBans, ...]
 
     @classmethod
     def of(cls, sequence: Sequence) -> FixedExtras | None:
@@ -110,6 +112,7 @@ class FixedExtras:
         pairs = np.array(params.logit_biases).reshape(-1, 2)
         biases = np.zeros((len(pairs), 3), np.int32)
         biases[:, 1], biases[:, 2] = pairs[:, 0], pairs[:, 1].astype(np.float32).view(np.int32)
+        words = sequence.request.bad_words
         stop_bans = [(0, token_id, ALWAYS) for token_id in sorted(sequence.stop_token_ids)]
         return cls(
             has_penalties=params.has_penalties,
@@ -119,6 +122,7 @@ class FixedExtras:
             allowed=np.array(params.allowed_token_ids or (), np.int32),
             stop_bans=np.array(stop_bans, np.int32).reshape(-1, 3),
             min_tokens=params.min_tokens,
+            bad_words=tuple(BadWordBans.of(words, num_in_flight) for num_in_flight in (0, 1)) if words else (),
         )
 
 
@@ -183,13 +187,12 @@ def _write_penalties(rows: list[ExtrasRow], out: Int32Array) -> tuple[int, int, 
 
 
 def _bad_word_bans(rows: list[ExtrasRow]) -> list[tuple[int, Int32Array]]:
-    tables = []
-    for row, sequence, _, num_output in rows:
-        if sequence.request.bad_words:
-            num_in_flight = num_output - sequence.num_output_tokens
-            bans = [(0, *ban) for ban in bad_word_bans(sequence.request.bad_words, sequence, num_in_flight)]
-            tables.append((row, np.array(bans, np.int32).reshape(-1, 3)))
-    return tables
+    return [
+        (row, table)
+        for row, sequence, fixed, num_output in rows
+        if fixed.bad_words
+        for table in fixed.bad_words[num_output - sequence.num_output_tokens].tables(sequence)
+    ]
 
 
 def _write_tables(tables: list[tuple[int, Int32Array]], out: Int32Array) -> int:

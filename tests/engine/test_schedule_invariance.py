@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
 from pagedcore._core import BlockManager
 from pagedcore.engine.engine import Engine, EngineLimits
 from pagedcore.engine.request import Request
+from pagedcore.engine.sampling_extras import EXTRAS_HEADER_SIZE, ExtrasHeader
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.scheduler import Scheduler
 from pagedcore.engine.scheduler_config import SchedulerConfig
@@ -17,6 +19,7 @@ from pagedcore.engine.sequence import FinishReason
 from pagedcore.engine.step_plan import Header
 from pagedcore.engine.step_sizes import NO_PADDING, StepSizes
 from pagedcore.engine.swap_space import PreemptionMode
+from pagedcore.engine.token_rules import ALWAYS
 from pagedcore.errors import EngineDeadError, NonFiniteLogitsError, RequestError
 from tests.reference.fake_model import FakeExecutor, reference_tokens
 
@@ -294,6 +297,23 @@ def test_requests_that_can_never_run_are_refused_with_numbers(
     with pytest.raises(RequestError, match=message):
         engine.add_request(Request("x", prompt, SamplingParams(**params)))  # type: ignore[arg-type]
     assert not engine.has_work()
+
+
+def test_bad_words_that_no_draws_make_up_are_left_out() -> None:
+    """Those of which a tokenizer leaves nothing, and those with tokens that were added to it and that the model does not know."""
+    words = ((), (3,), (VOCAB,), (4, VOCAB + 5))
+    params = SamplingParams(temperature=0, max_tokens=4, bad_words=["x"] * 4)
+    engine, _, _ = make_engine()
+    engine.add_request(Request("x", [1, 2], params, bad_words=words))
+    engine.check(Request("y", [1, 2], replace(params, allowed_token_ids=[3, 4]), bad_words=words))
+    with pytest.raises(RequestError, match="allowed_token_ids must hold a token that does not end a bad word"):
+        engine.check(Request("y", [1, 2], replace(params, allowed_token_ids=[3]), bad_words=words))
+    plan = engine.scheduler.schedule()
+    assert plan is not None
+    at = Header(*plan.buffer[: len(Header._fields)].tolist()).extras_offset
+    extras = plan.buffer[at : plan.used].tolist()
+    assert ExtrasHeader(*extras[: len(ExtrasHeader._fields)]).num_bans == 1
+    assert extras[EXTRAS_HEADER_SIZE:] == [0, 3, ALWAYS]
 
 
 def test_a_request_that_needs_the_whole_pool_runs() -> None:
