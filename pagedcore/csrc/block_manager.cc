@@ -118,6 +118,11 @@ void BlockManager::commit(SequenceId id, std::span<const int32_t> tokens, int64_
           "num_computed is outside the sequence's blocks");
   if (!seq.root) return;
   const int64_t limit = std::min<int64_t>(num_computed, std::ssize(tokens)) / block_size_;
+  const auto tokens_of = [&](int64_t i) { return tokens.subspan(i * block_size_, block_size_); };
+  for (int64_t i = seq.num_committed; i < limit; ++i) {
+    require(!cache_.contains(seq.blocks[i]) || cache_.holds(seq.blocks[i], tokens_of(i)),
+            "the tokens are not those that a shared block was committed with");
+  }
   for (; seq.num_committed < limit; ++seq.num_committed) {
     // The prefix may hang on another sequence's block with equal contents, and that one may have been evicted: a child
     // of it could never be found.
@@ -125,12 +130,11 @@ void BlockManager::commit(SequenceId id, std::span<const int32_t> tokens, int64_
       seq.root.reset();
       return;
     }
-    const auto block_tokens = tokens.subspan(seq.num_committed * block_size_, block_size_);
+    const auto block_tokens = tokens_of(seq.num_committed);
     BlockId block = cache_.find(seq.prefix, block_tokens);
     if (block == kNoBlock) {
       block = seq.blocks[seq.num_committed];
       if (cache_.contains(block)) {
-        require(cache_.holds(block, block_tokens), "the tokens are not those that a shared block was committed with");
         // A fork registered it behind an equal prefix that has been evicted since.
         seq.root.reset();
         return;

@@ -210,6 +210,20 @@ def test_committing_other_tokens_for_a_shared_block_is_refused(manager: BlockMan
         manager.commit(2, tokens_of(1, first=50), 4)
 
 
+def test_a_refused_commit_changes_nothing(manager: BlockManager) -> None:
+    tokens = tokens_of(2)
+    manager.add(1)
+    manager.match_prefix(1, ids(), 0, "")
+    manager.grow(1, 8, 0)
+    manager.fork(1, 2)
+    assert manager.grow(2, 4, 0), "the first block becomes its own, the second one stays shared"
+    manager.commit(1, tokens, 8)
+    with pytest.raises(ValueError, match="shared block"):
+        manager.commit(2, tokens_of(2, first=50), 8)
+    assert manager.num_cached_blocks == 2
+    assert cached_tokens(manager, tokens_of(2, first=50)) == 0
+
+
 def test_reset_forgets_everything_and_nothing_old_comes_back(manager: BlockManager) -> None:
     tokens = tokens_of(3)
     start(manager, 1, tokens[:8])
