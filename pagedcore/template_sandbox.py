@@ -28,6 +28,7 @@ MAX_CHARACTERS = 1 << 20  # of the prompt, and of any one text or list that a te
 CHECK_TIME = "__check_time__"  # a variable that the renderer gives: called in every round of a loop and in every macro
 _CONCATENATE = "__concatenate__"
 _MAX_INTEGER_BITS = 4096
+_MAX_PATTERN_CHARACTERS = 256  # of strftime, whose fields can have a width
 _OTHER_CHARACTERS = 64  # what is reckoned for the text of anything that is neither text, number nor container
 # Not needed for a prompt, and without a limit on what they make.
 _LEFT_OUT_FILTERS = ("batch", "center", "pprint", "round", "slice", "sum", "urlize", "wordwrap", "xmlattr")
@@ -52,7 +53,7 @@ def make_environment() -> jinja2.Environment:
     del environment.globals["lipsum"]
     environment.globals[_CONCATENATE] = _concatenate
     environment.globals["raise_exception"] = _raise_template_error
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -252,6 +253,12 @@ def _to_json(
     width = len(indent) if isinstance(indent, str) else indent or 0
     _size(value, 4 + sum(map(len, separators or ())), max(width, 0))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(pattern: str) -> str:
+    if len(pattern) > _MAX_PATTERN_CHARACTERS:
+        raise SecurityError(f"a date's pattern has more than {_MAX_PATTERN_CHARACTERS} characters")
+    return datetime.now().strftime(pattern)
 
 
 def _raise_template_error(message: str) -> None:

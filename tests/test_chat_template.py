@@ -67,6 +67,7 @@ def test_a_template_sees_messages_and_special_tokens() -> None:
             "{% set a = 'x' * 999999 %}{% macro m() %}{{ a }}{{ a }}{% endmacro %}{{ m()|length }}",
             "a text or list has more than 1048576",
         ),
+        ("{{ strftime_now('%Y' * 999) }}", "a date's pattern has more than 256 characters"),
         ("{{ namespace(a=1) }}", "a namespace must not be made a text"),
         *(
             (f"{_DOUBLED_LIST}{{{{ {text} }}}}", "a text or list has more than 1048576")
