@@ -13,7 +13,7 @@ from pagedcore.engine.sequence import Sequence
 from pagedcore.engine.sequence_group import SequenceGroup
 from pagedcore.engine.step_sizes import NO_PADDING
 from pagedcore.engine.swap_space import PreemptionMode, SwapSpace
-from tests.simulation.scenario import Arrival, Event, Scenario, Setup, StopBeforeSwap
+from tests.simulation.scenario import Arrival, Event, NoRoom, Scenario, Setup, StopBeforeSwap
 from tests.simulation.simulator import simulate
 
 
@@ -73,6 +73,34 @@ def partly_ended_on_its_way_back() -> tuple[Setup, list[Event]]:
     return setup, [*wide, arrival(2.5, "urgent", 16, 3, -1), StopBeforeSwap(0, "wide", 1)]
 
 
+def beams_dropped_on_their_way_out() -> tuple[Setup, list[Event]]:
+    """Two copies wrote the same host block: one of them for a beam dropped before the step that was to take its group out."""
+    setup = make_setup(
+        block_size=1,
+        num_blocks=30,
+        num_host_blocks=24,
+        max_model_len=10,
+        max_num_seqs=8,
+        preemption_mode=PreemptionMode.SWAP,
+    )
+    wide: list[Event] = [
+        Arrival(at, f"beams of priority {priority}", prompt, beams(width, output, priority))
+        for at, prompt, width, output, priority in (
+            (0.0, (3, 2, 2, 3, 3, 3), 2, 4, 1),
+            (2.5, (3, 3, 3), 2, 20, 2),
+            (4.5, (2, 2, 2), 3, 17, 0),
+        )
+    ]
+    draws = SamplingParams(n=3, temperature=0.8, seed=1, max_tokens=7, ignore_eos=True)
+    return setup, [*wide, Arrival(4.5, "draws", (1, 1, 3), draws), NoRoom(10, 2)]
+
+
+def beams(width: int, output: int, priority: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=0, beam_width=width, seed=1, max_tokens=output, ignore_eos=True, priority=priority
+    )
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -80,6 +108,7 @@ def partly_ended_on_its_way_back() -> tuple[Setup, list[Event]]:
         readmitted_in_the_step_that_preempted_it,
         same_id_after_a_deadline,
         partly_ended_on_its_way_back,
+        beams_dropped_on_their_way_out,
     ],
 )
 def test_what_the_simulator_found_stays_mended(case: Any) -> None:
