@@ -31,6 +31,11 @@ class NonFiniteLogitsError(RuntimeError):
     """The model gave NaN or infinite logits for this request; others are not concerned."""
 
 
+def public_text(error: Exception) -> str:
+    """What a client may know of an error that is not worded for clients: its text can have paths and addresses in it."""
+    return f"internal error ({type(error).__name__}), see the server's log"
+
+
 def shown(value: Any) -> str:
     """A value for an error text: in ASCII, escaped and cut."""
     if isinstance(value, int) and value.bit_length() > 200:

@@ -16,7 +16,8 @@ from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.errors import ConfigError, RequestError
-from pagedcore.text import OutputText, Tokenizer
+from pagedcore.output_text import OutputText, prompt_end
+from pagedcore.text import Tokenizer
 
 
 class TokensPrompt(TypedDict):
@@ -219,7 +220,7 @@ class _Completion:
         if tokenizer is not None:
             self._text = OutputText(
                 tokenizer,
-                request.prompt_token_ids,
+                prompt_end(tokenizer, request.prompt_token_ids, params.skip_special_tokens),
                 stop=params.stop or (),
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 min_tokens=params.min_tokens,

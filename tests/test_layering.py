@@ -20,7 +20,7 @@ LAYERS = (
     ("pagedcore.models", "pagedcore.layers"),
     ("pagedcore.ops",),
     ("pagedcore.engine",),
-    ("pagedcore.text", "pagedcore.config"),
+    ("pagedcore.output_text", "pagedcore.text", "pagedcore.config"),
     ("pagedcore.chat_template", "pagedcore.template_sandbox", "pagedcore.json_text", "pagedcore.vllm_arguments"),
     ("pagedcore.errors", "pagedcore._core", "pagedcore._kernels"),
 )

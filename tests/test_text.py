@@ -17,8 +17,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from pagedcore.errors import ConfigError, RequestError
+from pagedcore.output_text import IncrementalDetokenizer, OutputText, PromptEnd, StopStrings, prompt_end
 from pagedcore.serve.default_model import ensure_default_model
-from pagedcore.text import IncrementalDetokenizer, OutputText, StopStrings, Tokenizer, load_tokenizer
+from pagedcore.text import Tokenizer, load_tokenizer
 
 _CORPUS = ["The quick brown fox jumps over the lazy dog.", "Stop here, please!  Two  spaces.", "naïve café über"] * 4
 _TEXTS = [
@@ -164,7 +165,7 @@ def test_pieces_add_up_to_what_follows_the_prompt(
     tokenizer = loaded[name]
     ids = tokenizer.encode(text)
     cut = data.draw(st.integers(0, len(ids)))
-    detokenizer = IncrementalDetokenizer(tokenizer, ids[:cut])
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt_end(tokenizer, ids[:cut]))
     pieces = [detokenizer.push([token_id]) for token_id in ids[cut:]]
     whole = tokenizer.decode(ids)
     assume("\ufffd" not in whole)  # SmolLM2's vocabulary lacks some bytes
@@ -186,7 +187,7 @@ def test_random_tokens_add_up_to_the_whole(loaded: dict[str, Tokenizer], name: s
     token_id = st.integers(0, size) | st.integers(size - 3, size + 50) | st.sampled_from(single_bytes)
     groups = data.draw(st.lists(st.lists(token_id, max_size=4), max_size=20))
     skip = data.draw(st.booleans())
-    detokenizer = IncrementalDetokenizer(tokenizer, [], skip)
+    detokenizer = IncrementalDetokenizer(tokenizer, PromptEnd(), skip)
     text = "".join(detokenizer.push(group) for group in groups) + detokenizer.flush()
     assert text == tokenizer.decode([i for group in groups for i in group], skip)
 
@@ -195,7 +196,7 @@ def test_an_unfinished_character_is_held_back_and_then_replaced(loaded: dict[str
     tokenizer = loaded["byte_level"]
     ids = tokenizer.encode("🙂", add_special_tokens=False)
     assert len(ids) == 4
-    detokenizer = IncrementalDetokenizer(tokenizer, [])
+    detokenizer = IncrementalDetokenizer(tokenizer, PromptEnd())
     assert [detokenizer.push([token_id]) for token_id in ids[:3]] == ["", "", ""]
     assert detokenizer.flush() == "\ufffd"
 
@@ -203,8 +204,8 @@ def test_an_unfinished_character_is_held_back_and_then_replaced(loaded: dict[str
 def test_the_first_space_is_dropped_only_at_the_start_of_a_text(loaded: dict[str, Tokenizer]) -> None:
     tokenizer = loaded["byte_fallback"]
     bos, *ids = tokenizer.encode("dog")
-    assert IncrementalDetokenizer(tokenizer, [bos]).push(ids) == "dog"
-    assert IncrementalDetokenizer(tokenizer, [bos, *ids]).push(ids) == " dog"
+    assert IncrementalDetokenizer(tokenizer, prompt_end(tokenizer, [bos])).push(ids) == "dog"
+    assert IncrementalDetokenizer(tokenizer, prompt_end(tokenizer, [bos, *ids])).push(ids) == " dog"
 
 
 def test_token_text_shows_a_token_as_it_stands_inside_a_text(loaded: dict[str, Tokenizer]) -> None:
@@ -254,7 +255,7 @@ def test_output_text_ends_at_the_token_that_completes_the_stop_string(
     at = text.find(stop, len(free))
     needed = next((n for n in range(min_tokens, len(ids) + 1) if stop in tokenizer.decode(ids[:n])[len(free) :]), 0)
 
-    output = OutputText(tokenizer, [], stop=[stop], min_tokens=min_tokens)
+    output = OutputText(tokenizer, PromptEnd(), stop=[stop], min_tokens=min_tokens)
     shown, start = "", 0
     while start < len(ids) and output.stopped_by is None:
         group = ids[start : start + sizes.pop()]
@@ -283,7 +284,7 @@ def test_stop_strings_in_random_bytes_match_brute_force(
     matched = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len) if ends else None
     expected = text if matched is None else text[: ends[0] - (0 if include else len(matched))]
 
-    output = OutputText(tokenizer, [], stop=stops, include_stop_str_in_output=include)
+    output = OutputText(tokenizer, PromptEnd(), stop=stops, include_stop_str_in_output=include)
     shown = ""
     for i, token in enumerate(ids):
         shown += output.push([token], final=i == len(ids) - 1)
@@ -296,7 +297,7 @@ def test_stop_strings_in_random_bytes_match_brute_force(
 def test_the_stop_tokens_own_text_is_hidden(loaded: dict[str, Tokenizer]) -> None:
     tokenizer = loaded["smollm2"]
     ids = tokenizer.encode("one two")
-    output = OutputText(tokenizer, [])
+    output = OutputText(tokenizer, PromptEnd())
     assert output.push(ids, final=True, hide_last=True) == tokenizer.decode(ids[:-1])
     assert output.num_tokens == len(ids)
 

@@ -62,7 +62,9 @@ class Lifecycle:
                 logger.info("draining: open requests may go on for %g s", self._drain_seconds)
                 self._engine.drain(self._drain_seconds)
                 return
-            if self._engine.failure is not None:
-                logger.critical("its engine has died: %s", self._engine.failure)
+            failure = self._engine.failure
+            if failure is not None:
+                cause = "" if failure.__cause__ is None else f": {failure.__cause__!r}"
+                logger.critical("its engine has died: %s%s", failure, cause)
                 self._flush(_FLUSH_SECONDS)
                 os._exit(1)  # nothing of the engine can be trusted to end in an orderly way

@@ -19,9 +19,9 @@ from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.telemetry import Recorder
 from pagedcore.errors import ConfigError
+from pagedcore.output_text import OutputText, PromptEnd, prompt_end
 from pagedcore.serve.cache import SetupError
 from pagedcore.serve.default_model import resolve_model
-from pagedcore.text import OutputText
 from pagedcore_triton.lifecycle import Lifecycle
 from pagedcore_triton.metric_families import INTERNAL
 from pagedcore_triton.metrics import Metrics, MetricsSource
@@ -149,12 +149,20 @@ class TritonPythonModel:
         prompt_token_ids = truncate_prompt(
             encode_prompt(self._tokenizer, generate.prompt, limit), params, max_model_len
         )
-        bad_words = self._tokenizer.bad_word_ids(params.bad_words or ())
         timeout_us = request.timeout() or parse_timeout(request.parameters())
         deadline = Deadline(timeout_us / 1e6, arrived_at) if timeout_us > 0 else None
-        request_id = str(next(self._request_ids))
+        engine_request = Request(
+            str(next(self._request_ids)),
+            prompt_token_ids,
+            params,
+            cache_salt=generate.cache_salt,
+            bad_words=self._tokenizer.bad_word_ids(params.bad_words or ()),
+            deadline=deadline,
+            arrived_at=arrived_at,
+        )
+        self._engine.check(engine_request)  # what follows takes the longer, the longer the prompt
         stream = ResponseStream(
-            request_id,
+            engine_request.request_id,
             TritonChannel(sender, generate.outputs),
             self._sequence_outputs(generate, prompt_token_ids),
             stream=generate.stream,
@@ -163,18 +171,7 @@ class TritonPythonModel:
         )
         self._senders.add(stream)
         try:
-            self._engine.submit(
-                Request(
-                    request_id,
-                    prompt_token_ids,
-                    params,
-                    cache_salt=generate.cache_salt,
-                    bad_words=bad_words,
-                    deadline=deadline,
-                    arrived_at=arrived_at,
-                ),
-                stream,
-            )
+            self._engine.submit(engine_request, stream)
         except Exception as error:
             # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
             self._senders.discard(stream)
@@ -186,10 +183,11 @@ class TritonPythonModel:
         if generate.echo:
             is_text = isinstance(generate.prompt, str)
             prefix = str(generate.prompt) if is_text else tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
+        end = prompt_end(tokenizer, prompt_token_ids, params.skip_special_tokens)
         return [
             SequenceOutput(
                 tokenizer,
-                self._output_text(params, prompt_token_ids) if params.detokenize else None,
+                self._output_text(params, end) if params.detokenize else None,
                 prefix=prefix,
                 hides_stop_token=not params.include_stop_str_in_output,
                 wants_logprobs=generate.wants_logprobs,
@@ -197,10 +195,10 @@ class TritonPythonModel:
             for _ in range(params.n)
         ]
 
-    def _output_text(self, params: SamplingParams, prompt_token_ids: list[int]) -> OutputText:
+    def _output_text(self, params: SamplingParams, prompt: PromptEnd) -> OutputText:
         return OutputText(
             self._tokenizer,
-            prompt_token_ids,
+            prompt,
             stop=params.stop or (),
             include_stop_str_in_output=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,

@@ -11,7 +11,14 @@ from typing import Protocol
 
 from pagedcore.engine.outputs import TokenOutput
 from pagedcore.engine.sequence import FinishReason
-from pagedcore.errors import DeadlineError, EngineDeadError, NonFiniteLogitsError, OverloadedError, RequestError
+from pagedcore.errors import (
+    DeadlineError,
+    EngineDeadError,
+    NonFiniteLogitsError,
+    OverloadedError,
+    RequestError,
+    public_text,
+)
 from pagedcore_triton.protocol import OutputDelta
 from pagedcore_triton.requests import LoraDisabledError
 from pagedcore_triton.sequence_output import SequenceOutput
@@ -70,7 +77,7 @@ def error_of(error: Exception) -> tuple[ErrorCode, str]:
         return ErrorCode.UNAVAILABLE, GENERATION_ERROR + str(error)
     if isinstance(error, NonFiniteLogitsError):
         return ErrorCode.INTERNAL, GENERATION_ERROR + str(error)
-    return ErrorCode.INTERNAL, f"{GENERATION_ERROR}internal error ({type(error).__name__}), see the server's log"
+    return ErrorCode.INTERNAL, GENERATION_ERROR + public_text(error)
 
 
 class ResponseStream:

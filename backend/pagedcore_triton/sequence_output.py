@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from pagedcore.engine.outputs import TokenLogprobs, TokenOutput
 from pagedcore.engine.sequence import FinishReason
-from pagedcore.text import OutputText, Tokenizer
+from pagedcore.output_text import OutputText
+from pagedcore.text import Tokenizer
 from pagedcore_triton.protocol import SequenceDelta
 
 

@@ -16,7 +16,7 @@ from pagedcore.engine.sequence import FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup
 from pagedcore.engine.step_plan import StepPlan
 from pagedcore.engine.token_rules import check_token_rules, reachable_words
-from pagedcore.errors import EngineDeadError, RequestError
+from pagedcore.errors import EngineDeadError, RequestError, public_text
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class Engine:
             return []
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
-            raise EngineDeadError(f"{MAX_FAILED_STEPS} steps in a row failed; the last one with: {error}") from error
+            raise EngineDeadError(f"{MAX_FAILED_STEPS} steps in a row failed; {public_text(error)}") from error
         outputs = self.scheduler.fail_step(plan, error)
         self._forget(outputs)
         return outputs

@@ -16,7 +16,7 @@ from pagedcore.engine.outputs import EngineStats, OutputSink, TokenOutput
 from pagedcore.engine.queue_limits import QueueLimits, RefusalReason
 from pagedcore.engine.request import Request
 from pagedcore.engine.telemetry import Recorder
-from pagedcore.errors import DeadlineError, EngineDeadError, OverloadedError, RequestError
+from pagedcore.errors import DeadlineError, EngineDeadError, OverloadedError, RequestError, public_text
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class EngineThread:
         Raises RequestError, OverloadedError or EngineDeadError, and then nothing will be pushed.
         """
         try:
-            self._engine.check(request)
+            self.check(request)
         except RequestError:
             with self._lock:
                 self._refused[RefusalReason.INVALID] += 1
@@ -102,6 +102,10 @@ class EngineThread:
             if self._open.discard(request.request_id):
                 raise
             # Else the engine's end or the deadline came in between, and has answered it.
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for what `submit` would refuse as such, before work is put into it; counts nothing."""
+        self._engine.check(request)
 
     def check_room(self) -> None:
         """Raise OverloadedError or EngineDeadError if no request can be taken now, before work is put into one."""
@@ -305,4 +309,5 @@ class EngineThread:
     def _end_error(self) -> EngineDeadError:
         if self._error is None:
             return EngineDeadError("the server is shutting down")
-        return EngineDeadError(f"the engine has stopped: {self._error}")
+        reason = str(self._error) if isinstance(self._error, EngineDeadError) else public_text(self._error)
+        return EngineDeadError(f"the engine has stopped: {reason}")

@@ -13,7 +13,7 @@ from pagedcore.config import EngineConfig
 from pagedcore.engine.executor import KVCacheShape
 from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan, StepResult
 from pagedcore.engine.step_sizes import NO_PADDING, StepSizes
-from pagedcore.errors import ConfigError, EngineDeadError
+from pagedcore.errors import ConfigError, EngineDeadError, public_text
 from pagedcore.execution.cuda_step import CapturedStep, CudaInputs, CudaStep
 from pagedcore.execution.kv_cache import (
     KVCache,
@@ -102,7 +102,7 @@ class CudaPendingStep:
         try:
             self._done.synchronize()
         except torch.AcceleratorError as error:
-            raise EngineDeadError(f"the GPU failed: {error}") from error
+            raise EngineDeadError(f"the GPU failed: {public_text(error)}") from error
         return self._result
 
 
@@ -239,7 +239,9 @@ class CudaExecutor:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 return self._launch(plan, header)
         except torch.AcceleratorError as error:
-            return FailedStep(EngineDeadError(f"the GPU failed: {error}"))
+            failure = EngineDeadError(f"the GPU failed: {public_text(error)}")
+            failure.__cause__ = error  # for the log
+            return FailedStep(failure)
         except Exception as error:
             return FailedStep(error)
 

@@ -49,6 +49,12 @@ class Collector:
         return self.outputs[-1].finish_reason
 
 
+def deaths_told(sinks: list[Collector]) -> set[str]:
+    """What clients were told of the engine's end."""
+    errors = [output.error for sink in sinks for output in sink.outputs[-1:]]
+    return {str(error) for error in errors if isinstance(error, EngineDeadError)}
+
+
 @pytest.fixture
 def running() -> Iterator[tuple[EngineThread, FakeExecutor]]:
     engine, executor, _ = make_engine(num_blocks=48)
@@ -188,6 +194,10 @@ def test_a_dying_engine_answers_everyone_and_reports_it(running: tuple[EngineThr
         time.sleep(0.01)
     assert not thread.is_healthy()
     assert "3 steps in a row failed" in str(thread.failure)
+    assert "planted failure" in str(thread.failure and thread.failure.__cause__)
+    assert deaths_told(sinks) == {
+        "the engine has stopped: 3 steps in a row failed; internal error (RuntimeError), see the server's log"
+    }
 
 
 def test_an_error_of_the_engine_itself_is_answered_too(running: tuple[EngineThread, FakeExecutor]) -> None:
@@ -198,7 +208,7 @@ def test_an_error_of_the_engine_itself_is_answered_too(running: tuple[EngineThre
         params = SamplingParams(temperature=0, max_tokens=3 + number, ignore_eos=True)
         thread.submit(Request(str(number), [number + 1] * 10, params), sink)
     assert all(sink.ended.wait(WAIT) for sink in sinks)
-    assert any(isinstance(sink.outputs[-1].error, EngineDeadError) for sink in sinks)
+    assert deaths_told(sinks) == {"the engine has stopped: internal error (IndexError), see the server's log"}
     assert not thread.is_healthy()
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from pagedcore_triton.model import TritonPythonModel as Model
+from pagedcore_triton.sequence_output import SequenceOutput
 
 from pagedcore.engine import memory_policy
 from pagedcore.execution.batch import block_swaps
-from pagedcore.text import OutputText
 from tests.faults import triggers
 from tests.reference.single_growth import SingleGrowth
 
@@ -67,12 +67,13 @@ class TritonPythonModel(Model):
             clock.time = lambda: 0.0
         return self._encode(text, add_special_tokens)
 
-    def _output_text(self, params: Any, prompt_token_ids: list[int]) -> OutputText:
-        output = super()._output_text(params, prompt_token_ids)
+    def _sequence_outputs(self, generate: Any, prompt_token_ids: list[int]) -> list[SequenceOutput]:
+        outputs = super()._sequence_outputs(generate, prompt_token_ids)
         if self._tokenizer.decode(prompt_token_ids).startswith(triggers.DETOKENIZER_RAISES):
-            broken: Any = output
-            broken.push = _raise
-        return output
+            for output in outputs:
+                broken: Any = output._text
+                broken.push = _raise
+        return outputs
 
     def _half_a_swap(self, buffer: torch.Tensor, header: Any) -> None:
         """Once: the first half of what comes in has come, then it fails."""

@@ -275,11 +275,12 @@ def test_a_dead_engine_answers_every_request_and_ends_the_command(tmp_path: Path
         while len(errors) < 3:  # each of them fails a step, and the third step is the engine's end
             errors.append(generate(f"127.0.0.1:{ports[0]}", body, stream=True).error)
         assert process.wait(10) == 1
-    reason = "3 steps in a row failed; the last one with: the device is broken"
+    reason = "3 steps in a row failed; internal error (RuntimeError), see the server's log"
     once = "Error generating stream: internal error (RuntimeError), see the server's log"
     assert errors == [once, once, f"Error generating stream: the engine has stopped: {reason}"]
     output = (tmp_path / "output").read_text()
-    assert f"error: the model's process has ended: its engine has died: {reason} (log: " in output
+    cause = "RuntimeError('the device is broken')"
+    assert f"error: the model's process has ended: its engine has died: {reason}: {cause} (log: " in output
     assert "Traceback" not in output
     assert_nothing_is_left(prefix)
 

@@ -61,6 +61,9 @@ BAD_INPUTS = {
     "id of 31 bits": token_ids([MAX_INTEGER], "[0, 49151]", "got 2147483647", field="prompt_token_ids"),
     "ids one too many": token_ids([1] * 1024, "at most 1023", "1024 tokens", field="the prompt"),
     "ids much too many": token_ids([1] * 300_000, "at most 1023", "300000 tokens", field="the prompt"),
+    "ids without a token, as many as can be": token_ids(
+        list(range(1 << 24, (1 << 24) + (1 << 20))), "at most 1023", "1048576 tokens", field="the prompt"
+    ),
     "image": prompt(HELLO, "left out", "takes text only", field="image", image=["aGk="]),
     "embedding": BadInput({"embedding_request": "{}"}, "'embed' request", "left out", "Model llm"),
     "stream with the prompt": prompt(

@@ -13,7 +13,8 @@ from pagedcore_triton.sequence_output import SequenceOutput
 from pagedcore.engine.outputs import TokenOutput
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import FinishReason
-from pagedcore.text import OutputText, Tokenizer
+from pagedcore.output_text import OutputText, PromptEnd
+from pagedcore.text import Tokenizer
 
 WAIT = 10.0
 
@@ -100,7 +101,7 @@ class Client:
         self.channel = RecordingChannel(log)
         sampling = SamplingParams.from_dict(params)
         sequences = [
-            SequenceOutput(tokenizer, OutputText(tokenizer, [], stop=sampling.stop or ()), prefix=prefix)
+            SequenceOutput(tokenizer, OutputText(tokenizer, PromptEnd(), stop=sampling.stop or ()), prefix=prefix)
             for _ in range(num_sequences)
         ]
         self.stream = ResponseStream(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +45,11 @@ def neighbours(server: TritonServer) -> Iterator[None]:
     assert {(answer.text, answer.error) for answer in answers} == {(alone.text, None)}
 
 
+def resident_mib(process: int) -> float:
+    num_pages = int(Path("/proc", str(process), "statm").read_text().split()[1])
+    return num_pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 def check(bad: BadInput, error: str | None) -> None:
     assert error is not None
     for part in (bad.field, bad.allowed, bad.given):
@@ -70,6 +77,22 @@ def test_one_clear_error_over_grpc(server: TritonServer, neighbours: None, name:
     (response,) = stream_infer(server.grpc_url, [infer_request({"stream": stream} | bad.inputs)], timeout=MAX_SECONDS)
     check(bad, response.error_message)
     assert not response.infer_response.outputs
+
+
+def test_refused_prompts_leave_no_memory_behind(server: TritonServer) -> None:
+    """Every id is a new one, and each of the 64 outputs would have to know the end of the prompt."""
+
+    def ask(number: int) -> None:
+        first = (number << 20) + (1 << 24)
+        inputs = {"input_ids": list(range(first, first + (1 << 20))), "sampling_parameters": '{"n": 64}'}
+        assert "at most 1023" in (generate_grpc(server.grpc_url, inputs).error or "")
+
+    (process,) = server.stub_processes()
+    ask(0)
+    before = resident_mib(process)
+    for number in range(1, 4):
+        ask(number)
+    assert resident_mib(process) - before < 64
 
 
 def test_invalid_utf8(server: TritonServer, neighbours: None) -> None:
