@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -20,8 +21,8 @@ def parse_json_object(name: str, text: str) -> dict[str, Any]:
     """Decode a JSON object; an empty text is an empty object. `name` is what the error calls it.
 
     Raises:
-        RequestError: it is none, repeats a key, is nested deeper than MAX_DEPTH, holds NaN, Infinity, an integer of more
-            than MAX_DIGITS digits or a lone surrogate, or text follows it.
+        RequestError: it is none, repeats a key, is nested deeper than MAX_DEPTH, holds NaN, Infinity, a number too large
+            for a float, an integer of more than MAX_DIGITS digits or a lone surrogate, or text follows it.
     """
     if not text:
         return {}
@@ -52,14 +53,22 @@ def _parse(name: str, text: str, wanted: str) -> Any:
             raise RequestError(f"{name} must hold integers of at most {MAX_DIGITS} digits, got one of {len(digits)}")
         return int(digits)
 
-    def refuse(constant: str) -> None:
-        raise RequestError(f"{name} must hold finite numbers only, got {constant}")
+    def refuse(number: str) -> None:
+        raise RequestError(f"{name} must hold finite numbers only, got {number[:MAX_DIGITS]}")
+
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            refuse(digits)
+        return value
 
     depth = _depth(text)
     if depth > MAX_DEPTH:
         raise RequestError(f"{name} must be nested at most {MAX_DEPTH} levels deep, got {depth}")
     try:
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=integer)
+        values = json.loads(
+            text, object_pairs_hook=unique, parse_constant=refuse, parse_int=integer, parse_float=finite
+        )
         json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise RequestError(f"{name} must be {wanted}: {error.msg} at character {error.pos}") from error

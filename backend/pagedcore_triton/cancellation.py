@@ -72,7 +72,9 @@ class CancellationPoller:
                     logger.info("[vllm] Cancelling the request (%s)", stream.request_id)
                 self._engine.abort(stream.request_id)
         except Exception:
-            logger.exception("request %s: cannot tell whether it was cancelled", stream.request_id)
+            if not stream.cannot_ask:
+                stream.cannot_ask = True  # once is enough: it is asked for again soon, and may fail again
+                logger.exception("request %s: cannot tell whether it was cancelled", stream.request_id)
         if stream.is_closed:
             self._discard(stream)
         else:

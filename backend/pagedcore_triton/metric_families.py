@@ -89,6 +89,11 @@ def gauges() -> list[Scalar]:
             lambda now: now.engine.num_cached_blocks,
         ),
         Scalar(
+            "pagedcore:kv_blocks_pinned",
+            "Number of KV blocks that hold the pinned prefixes and are never free.",
+            lambda now: now.engine.num_pinned_blocks,
+        ),
+        Scalar(
             "vllm:num_requests_swapped",
             "Number of the waiting requests whose KV blocks are in host memory.",
             lambda now: now.engine.num_swapped,

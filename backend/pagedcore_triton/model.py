@@ -121,7 +121,7 @@ class TritonPythonModel:
                 TritonChannel(sender, ()).send_error(code, message)
 
     def is_ready(self) -> bool:
-        """Whether the engine is alive and making progress; Triton asks from its 2026 releases on."""
+        """Whether the engine takes requests and makes progress; Triton asks from its 2026 releases on."""
         return self._engine.is_healthy()
 
     def finalize(self) -> None:
@@ -173,6 +173,9 @@ class TritonPythonModel:
         try:
             self._engine.submit(engine_request, stream)
         except Exception as error:
+            if error_of(error)[0] is ErrorCode.INTERNAL:  # the engine counts what it refuses
+                logger.exception("request %s failed on its way to the engine", stream.request_id)
+                self._count_refused(ErrorCode.INTERNAL)
             # Through the stream: it knows that nobody may ask the channel anything once this has been sent.
             self._senders.discard(stream)
             stream.refuse(error)

@@ -164,12 +164,12 @@ def _parse_prompt(inputs: Mapping[str, Array]) -> Prompt:
 def _parse_sampling_parameters(inputs: Mapping[str, Array], parameters: str) -> tuple[SamplingParams, str]:
     """The sampling parameters, and the cache_salt that may stand among them."""
     name = "the request's parameters"
+    if len(parameters) > MAX_PARAMETERS_BYTES:  # also beside the tensor: a timeout is looked for in them
+        raise RequestError(f"{name} must have at most {MAX_PARAMETERS_BYTES} characters, got {len(parameters)}")
     is_tensor = "sampling_parameters" in inputs
     if is_tensor:
         name = "sampling_parameters"
         parameters = _decode_utf8(name, _string(inputs, name), MAX_PARAMETERS_BYTES)
-    elif len(parameters) > MAX_PARAMETERS_BYTES:
-        raise RequestError(f"{name} must have at most {MAX_PARAMETERS_BYTES} characters, got {len(parameters)}")
     parse = _parse_remembered if len(parameters) <= MAX_REMEMBERED_LENGTH else _parse_parameters
     return parse(name, parameters, is_tensor)
 

@@ -86,8 +86,9 @@ class ResponseStream:
     A response tells the next token of every sequence that has not ended, so that the number of responses does not depend
     on how the engine's outputs arrive; only a lane that is behind merges several tokens of a sequence into one.
 
-    `push` belongs to the engine thread and `send_pending` to the lane that the stream is pinned to; any thread may ask
-    whether it is cancelled or closed.
+    `push` may come from any thread, but not from two at once: mostly the engine's, at a deadline the timer's, at the engine's
+    end the one that ends it. `send_pending` belongs to the lane that the stream is pinned to; any thread may ask whether it
+    is cancelled or closed.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class ResponseStream:
         self.lane: SendingLane | None = None
         self.started = False  # the first response has been sent
         self.cancelling = False  # the poller has found the client gone
+        self.cannot_ask = False  # the poller has failed to ask whether it is
         self._channel = channel
         self._sequences = sequences
         self._num_input_tokens = num_input_tokens

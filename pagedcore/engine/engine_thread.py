@@ -166,8 +166,8 @@ class EngineThread:
             )
 
     def is_healthy(self) -> bool:
-        """Whether the engine thread is alive and making progress."""
-        if self._closed or not self._thread.is_alive():
+        """Whether the engine takes requests, and its thread is alive and making progress."""
+        if self._closed or self._draining or not self._thread.is_alive():
             return False
         return not self._busy or self._clock() - self._progress_at < STALLED_SECONDS
 

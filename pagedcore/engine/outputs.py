@@ -47,7 +47,11 @@ class TokenOutput:
 
 
 class OutputSink(Protocol):
-    """Where a request's outputs go. Called on the engine thread: must return at once."""
+    """Where a request's outputs go.
+
+    Called on the engine's thread, at a deadline on the timer's, and at the engine's end on the one that ends it; never on two
+    at once. Must return at once.
+    """
 
     def push(self, output: TokenOutput) -> None: ...
 

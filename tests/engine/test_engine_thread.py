@@ -171,6 +171,7 @@ def test_draining_ends_what_outlasts_its_patience(running: tuple[EngineThread, F
     draining.start()
     time.sleep(0.2)
     assert not sink.ended.is_set(), "the step in hand is waited for"
+    assert not thread.is_healthy(), "it takes no more requests"
     executor.hang.set()
     assert sink.ended.wait(WAIT)
     assert isinstance(sink.outputs[-1].error, EngineDeadError)

@@ -32,6 +32,8 @@ class RecordingChannel:
         self.blocked = threading.Event()
         self.cancelled = False
         self.fails_with: Exception | None = None
+        self.asking_fails_with: Exception | None = None
+        self.num_asked = 0
         self.misused: list[str] = []
         self._log = log
 
@@ -45,6 +47,9 @@ class RecordingChannel:
     def is_cancelled(self) -> bool:
         if self.finals:
             self.misused.append("asked after the final response")
+        self.num_asked += 1
+        if self.asking_fails_with is not None:
+            raise self.asking_fails_with
         return self.cancelled
 
     def _record(self, what: str | tuple[ErrorCode, str], final: bool) -> None:

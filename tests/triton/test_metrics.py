@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from pagedcore_triton.allowance import Allowance
+from pagedcore_triton.metric_families import Snapshot, gauges
 
+from pagedcore.engine.outputs import EngineStats
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import generate, generate_grpc, grpc_stream, metrics_text, wait_until
 from tests.triton.conftest import ENGINE_ARGUMENTS
@@ -43,7 +45,8 @@ UPSTREAM: dict[str, tuple[str, str, list[float]]] = {
 ASKED_FOR = {
     "gauge": "vllm:num_requests_running vllm:num_requests_waiting vllm:kv_cache_usage_perc vllm:gpu_cache_usage_perc "
     "nv_trt_llm_kv_cache_block_metrics vllm:num_requests_swapped "
-    "vllm:cpu_cache_usage_perc pagedcore:kv_blocks_total pagedcore:kv_blocks_free pagedcore:kv_blocks_cached",
+    "vllm:cpu_cache_usage_perc pagedcore:kv_blocks_total pagedcore:kv_blocks_free pagedcore:kv_blocks_cached "
+    "pagedcore:kv_blocks_pinned",
     "counter": "vllm:prefix_cache_queries_total vllm:prefix_cache_hits_total vllm:num_preemptions_total "
     "vllm:request_success_total pagedcore:requests_refused_total pagedcore:requests_expired_total pagedcore:engine_steps_total "
     "pagedcore:prefix_cache_evictions_total pagedcore:swapped_blocks_total "
@@ -160,6 +163,17 @@ def test_block_gauges_of_the_load_header(server: TritonServer, all_blocks_free: 
 def _block_gauge(server: TritonServer, kind: str) -> float:
     labels = OWN_LABELS | {("kv_cache_block_type", kind)}
     return parse(metrics_text(server.metrics_url))["nv_trt_llm_kv_cache_block_metrics", labels]
+
+
+def test_pinned_blocks_are_shown_beside_the_others() -> None:
+    stats = EngineStats(num_blocks=10, num_free_blocks=6, num_cached_blocks=5, num_pinned_blocks=3)
+    shown = {gauge.name: gauge.value(Snapshot(stats, {}, 0)) for gauge in gauges() if ":kv_blocks_" in gauge.name}
+    assert {name.rpartition("_")[2]: value for name, value in shown.items()} == {
+        "total": 10,
+        "free": 6,
+        "cached": 5,
+        "pinned": 3,
+    }
 
 
 def test_observations_above_the_allowance_are_sampled_evenly() -> None:

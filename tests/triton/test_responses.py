@@ -254,6 +254,22 @@ def test_cancellation_reaches_the_engine_and_the_client(
     assert engine.aborted[0] == "a"
 
 
+def test_a_client_that_cannot_be_asked_for_is_logged_once(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is asked for every 20 ms, and gets its answer all the same."""
+    clients = [Client(pool, engine, tokenizer, name) for name in ("a", "b")]
+    for client in clients:
+        client.channel.asking_fails_with = OSError("no space left in shared memory")
+    until(lambda: all(client.channel.num_asked > 5 for client in clients))
+    for client in clients:
+        client.push(*tokenizer.encode("one"), reason=FinishReason.LENGTH)
+        assert client.result() == ["one"]
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"request {client.name}: cannot tell whether it was cancelled" for client in clients
+    ]
+
+
 def test_a_failed_send_ends_its_request_only(pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer) -> None:
     clients = [Client(pool, engine, tokenizer, f"{i}") for i in range(5)]
     broken = clients[0]
