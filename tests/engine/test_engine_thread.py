@@ -219,6 +219,7 @@ def test_shutdown_does_not_wait_for_a_step_that_never_ends(running: tuple[Engine
     sinks = [Collector() for _ in range(4)]
     for number, sink in enumerate(sinks):
         thread.submit(Request(str(number), [number + 1] * 10, SamplingParams()), sink)
+    assert executor.hangs.wait(WAIT)
     stopping = threading.Thread(target=thread.shutdown, kwargs={"timeout": 0.2}, daemon=True)
     stopping.start()
     stopping.join(WAIT)
