@@ -51,14 +51,23 @@ class _Line:
     """A gauge's or counter's metric, and what it shows; Triton's begin with 0."""
 
     def __init__(self, scalar: Scalar, metric: Any) -> None:
-        self.metric = metric
-        self.shown = 0.0
+        self._metric = metric
+        self._shown = 0.0
         self._value = scalar.value
 
-    def move(self, snapshot: Snapshot) -> float:
-        """Take the snapshot's value over; returns by how much it differs from what is shown."""
-        before, self.shown = self.shown, float(self._value(snapshot))
-        return self.shown - before
+    def set(self, snapshot: Snapshot) -> None:
+        """Show the snapshot's value, as a gauge."""
+        value = float(self._value(snapshot))
+        if value != self._shown:
+            self._metric.set(value)
+            self._shown = value
+
+    def increment(self, snapshot: Snapshot) -> None:
+        """Show the snapshot's value, as a counter."""
+        value = float(self._value(snapshot))
+        if value != self._shown:
+            self._metric.increment(value - self._shown)
+            self._shown = value
 
 
 class _Observer:
@@ -106,6 +115,11 @@ class Metrics:
         try:
             self._serve()
         finally:
+            # Released by the interpreter's end instead, they would reach for a stub that is gone, and crash.
+            self._gauges.clear()
+            self._counters.clear()
+            self._histograms.clear()
+            self._families.clear()
             lock.release()
 
     def _serve(self) -> None:
@@ -115,15 +129,19 @@ class Metrics:
             logger.info("no metrics: %s", error)  # the server runs with --allow-metrics=false
             return
         exported_at = time.monotonic()
+        is_failing = False
         while not self._stopping.wait(PERIOD_SECONDS):
             now = time.monotonic()
-            self._export(now - exported_at)
+            try:
+                self._export(now - exported_at)
+                is_failing = False
+            except Exception:  # the next round makes up for it
+                if not is_failing:
+                    logger.exception(
+                        "the metrics could not be brought up to date; trying again every %g s", PERIOD_SECONDS
+                    )
+                is_failing = True
             exported_at = now
-        # Released by the interpreter's end instead, they would reach for a stub that is gone, and crash.
-        self._gauges.clear()
-        self._counters.clear()
-        self._histograms.clear()
-        self._families.clear()
 
     def _create(self) -> None:
         kinds = pb_utils.MetricFamily
@@ -144,7 +162,7 @@ class Metrics:
         return self._families[name]
 
     def _export(self, seconds: float) -> None:
-        """Send what is new; `seconds`: the time since the last call."""
+        """Send what is new; `seconds`: the time since the last call. Where it fails, this round's observations are lost."""
         records = self._source.recorder.take()
         self._num_lost += records.num_lost
         for observer in self._histograms:
@@ -157,8 +175,6 @@ class Metrics:
             refused[reason.value] += number
         snapshot = Snapshot(stats, refused, num_dropped)
         for line in self._gauges:
-            if line.move(snapshot):
-                line.metric.set(line.shown)
+            line.set(snapshot)
         for line in self._counters:
-            if growth := line.move(snapshot):
-                line.metric.increment(growth)
+            line.increment(snapshot)

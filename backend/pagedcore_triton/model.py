@@ -26,7 +26,7 @@ from pagedcore_triton.lifecycle import Lifecycle
 from pagedcore_triton.metric_families import INTERNAL
 from pagedcore_triton.metrics import Metrics, MetricsSource
 from pagedcore_triton.model_config import ServingConfig
-from pagedcore_triton.protocol import INPUTS, OUTPUTS, OutputDelta, OutputTensor, encode
+from pagedcore_triton.protocol import INPUTS, OUTPUTS, OutputDelta, OutputTensor, encode, num_bytes
 from pagedcore_triton.requests import GenerateRequest, encode_prompt, parse_request, parse_timeout
 from pagedcore_triton.responses import ErrorCode, ResponseStream, error_of
 from pagedcore_triton.senders import SenderPool
@@ -35,6 +35,7 @@ from pagedcore_triton.sequence_output import SequenceOutput
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0  # for each part of finalize
+LARGE_RESPONSE_BYTES = 64 << 10
 
 
 class TritonChannel:
@@ -45,9 +46,19 @@ class TritonChannel:
         self._outputs = outputs
 
     def send(self, delta: OutputDelta, final: bool) -> None:
-        tensors = [pb_utils.Tensor(name, array) for name, array in encode(delta, self._outputs).items()]
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
+        arrays = encode(delta, self._outputs)
+        tensors = [pb_utils.Tensor(name, array) for name, array in arrays.items()]
+        response = pb_utils.InferenceResponse(output_tensors=tensors)
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        if not final:
+            self._sender.send(response)
+        elif sum(map(num_bytes, arrays.values())) < LARGE_RESPONSE_BYTES:
+            self._sender.send(response, flags=flags)
+        else:
+            # Triton closes a sender before it looks for room in shared memory: a final response that finds none could not be
+            # followed by an error. A client sees no difference, as an end without a response is none.
+            self._sender.send(response)
+            self._sender.send(flags=flags)
 
     def send_error(self, code: ErrorCode, message: str) -> None:
         error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code.value))

@@ -132,3 +132,8 @@ OUTPUTS = (
 def encode(delta: OutputDelta, outputs: Iterable[OutputTensor]) -> dict[str, Array]:
     """The tensors of a response, by name: those of `outputs`."""
     return {output.name: output.encode(delta) for output in outputs}
+
+
+def num_bytes(array: Array) -> int:
+    """What a tensor takes, nearly; texts are bytes objects."""
+    return sum(map(len, array.tolist())) if array.dtype == np.object_ else array.nbytes

@@ -37,6 +37,20 @@ class RefusingBlocks(SingleGrowth):
         return cls.every > 0 and cls.num_requests % cls.every == 0
 
 
+class FailsOnce:
+    """A counter whose first increment fails."""
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+        self._has_failed = False
+
+    def increment(self, value: float) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            raise RuntimeError("the metric is broken")
+        self._metric.increment(value)
+
+
 class TritonPythonModel(Model):
     """Fails where it is asked to."""
 
@@ -62,10 +76,22 @@ class TritonPythonModel(Model):
             RefusingBlocks.every = int(text.removeprefix(triggers.REFUSE))
         if text.startswith(triggers.SWAP_RAISES):
             self._kv_cache.prepare = self._half_a_swap
+        if text.startswith(triggers.SUBMIT_RAISES):
+            engine: Any = self._engine
+            engine.submit = self._failing_submit
+        if text.startswith(triggers.METRICS_RAISE):
+            assert self._metrics is not None
+            for line in self._metrics._counters:
+                line._metric = FailsOnce(line._metric)
         if text.startswith(triggers.CLOCK_JUMPS):
             clock: Any = time
             clock.time = lambda: 0.0
         return self._encode(text, add_special_tokens)
+
+    def _failing_submit(self, *_: Any) -> None:
+        """Once."""
+        vars(self._engine).pop("submit")
+        raise RuntimeError("the way to the engine is broken")
 
     def _sequence_outputs(self, generate: Any, prompt_token_ids: list[int]) -> list[SequenceOutput]:
         outputs = super()._sequence_outputs(generate, prompt_token_ids)

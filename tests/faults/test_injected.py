@@ -13,6 +13,7 @@ from pagedcore.serve.triton_server import TritonServer
 from tests.faults import triggers
 from tests.faults.conftest import Measure
 from tests.triton.clients import Answer, generate, generate_grpc, grpc_stream, metric, wait_until
+from tests.triton.samples import Growth
 
 INTERNAL = "Error generating stream: internal error ({}), see the server's log"
 
@@ -81,6 +82,24 @@ def test_a_failed_step_ends_its_requests_and_no_others(faulty: TritonServer, tok
     assert good.error is not None
     assert error in good.error
     assert alone.text.startswith(good.text)
+
+
+def test_a_request_lost_before_the_engine_is_logged_and_counted(faulty: TritonServer) -> None:
+    growth = Growth(faulty)
+    answer = generate(faulty.http_url, greedy(2, triggers.SUBMIT_RAISES), stream=True)
+    assert (answer.error, answer.num_responses) == (INTERNAL.format("RuntimeError"), 1)
+    growth.wait_for("pagedcore:requests_refused_total", 1, reason="internal")
+    assert "RuntimeError: the way to the engine is broken" in faulty.log_path.read_text()
+
+
+def test_a_metric_that_fails_is_made_up_for(faulty: TritonServer) -> None:
+    """Each counter fails once, and still shows everything that has happened; the log tells of it once a time, not each round."""
+    growth = Growth(faulty)
+    assert generate_grpc(faulty.grpc_url, greedy(3, triggers.METRICS_RAISE)).error is None
+    assert generate_grpc(faulty.grpc_url, greedy(4)).error is None
+    growth.wait_for("vllm:generation_tokens_total", 7)
+    growth.wait_for("vllm:request_success_total", 2, finished_reason="length")
+    assert faulty.log_path.read_text().count("the metrics could not be brought up to date") == 1
 
 
 def test_two_failed_steps_in_a_row_are_not_three(faulty: TritonServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import resource
 import shlex
@@ -193,4 +194,23 @@ def test_a_full_dev_shm_fails_what_does_not_fit_and_nothing_else(tmp_path: Path)
         assert generate(server.http_url, GREEDY) == alone
         filler.unlink()
         assert generate(server.http_url, GREEDY) == alone
+    assert_nothing_is_left(server.shm_prefix)
+
+
+def test_a_last_response_that_does_not_fit_dev_shm_ends_with_an_error(tmp_path: Path) -> None:
+    """More than 2 MB of log probabilities, in the only response; what is smaller goes on."""
+    sampling = {"max_tokens": 100, "n": 16, "logprobs": 20, "ignore_eos": True}
+    large = {"text_input": "Once", "return_logprobs": True, "sampling_parameters": json.dumps(sampling)}
+    with SmallShmServer(write_repository(tmp_path), log_path=tmp_path / "log") as server:
+        alone = generate(server.http_url, GREEDY)
+        filler = Path("/proc", str(triton_process(server)), "root", "dev", "shm", "filler")
+        with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 12))
+        answer = generate(server.http_url, large)
+        assert (answer.code, answer.texts) == ("INTERNAL", [])
+        assert "see the server's log" in (answer.error or "")
+        assert generate(server.http_url, GREEDY) == alone
+        filler.unlink()
+        assert len(generate(server.http_url, large).texts) == 1
     assert_nothing_is_left(server.shm_prefix)

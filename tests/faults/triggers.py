@@ -9,3 +9,4 @@ SLOW_SECONDS = 3.0
 # Texts that a prompt begins with. What follows REFUSE is the number k; 0 ends it.
 TOKENIZER_RAISES, DETOKENIZER_RAISES, NO_MEMORY = "tokenizer raises", "detokenizer raises", "no memory"
 REFUSE, SWAP_RAISES, CLOCK_JUMPS = "refuse every ", "swap raises", "clock jumps"
+SUBMIT_RAISES, METRICS_RAISE = "submit raises", "metrics raise"

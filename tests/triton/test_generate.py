@@ -11,7 +11,7 @@ import pytest
 from pagedcore.serve.default_model import ensure_default_model
 from pagedcore.serve.triton_server import TritonServer
 from pagedcore.text import load_tokenizer
-from tests.triton.clients import generate, generate_grpc, grpc_stream
+from tests.triton.clients import TIMEOUT, generate, generate_grpc, grpc_stream, infer_request, stream_infer
 from tests.triton.judge import Judge
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Ein Gedicht über 日本 und 🙂:"]
@@ -134,3 +134,19 @@ def test_a_prompt_that_leaves_room_for_one_token(server: TritonServer) -> None:
     sampling = '{"max_tokens": 50, "ignore_eos": true}'
     answer = generate_grpc(server.grpc_url, {"text_input": prompt, "stream": True, "sampling_parameters": sampling})
     assert answer.finals == (True,)
+
+
+def test_a_large_answer_is_one_response(server: TritonServer) -> None:
+    """Of some 100 KB, mostly log probabilities."""
+    sampling = json.dumps({"max_tokens": 20, "n": 4, "logprobs": 20, "ignore_eos": True, "seed": 1})
+    inputs = {"text_input": "Once", "return_logprobs": True, "sampling_parameters": sampling}
+    answer = generate(server.http_url, inputs)
+    assert (answer.error, answer.num_responses) == (None, 1)
+    (response,) = stream_infer(server.grpc_url, [infer_request(inputs)], timeout=TIMEOUT)
+    assert not response.error_message
+    assert sum(map(len, response.infer_response.raw_output_contents)) > 100_000
+    with grpc_stream(server.grpc_url) as stream:
+        stream.send(inputs)
+        first, last = stream.next_response(), stream.next_response()
+    assert (first.final, last.final, last.values) == (False, True, {})
+    assert len(first.values["text_output"]) == 4
