@@ -27,7 +27,13 @@ from pagedcore_triton.metric_families import INTERNAL
 from pagedcore_triton.metrics import Metrics, MetricsSource
 from pagedcore_triton.model_config import ServingConfig
 from pagedcore_triton.protocol import INPUTS, OUTPUTS, OutputDelta, OutputTensor, encode, num_bytes
-from pagedcore_triton.requests import GenerateRequest, encode_prompt, parse_request, parse_timeout
+from pagedcore_triton.requests import (
+    GenerateRequest,
+    check_response_size,
+    encode_prompt,
+    parse_request,
+    parse_timeout,
+)
 from pagedcore_triton.responses import ErrorCode, ResponseStream, error_of
 from pagedcore_triton.senders import SenderPool
 from pagedcore_triton.sequence_output import SequenceOutput
@@ -160,6 +166,7 @@ class TritonPythonModel:
         prompt_token_ids = truncate_prompt(
             encode_prompt(self._tokenizer, generate.prompt, limit), params, max_model_len
         )
+        check_response_size(generate, len(prompt_token_ids), max_model_len)
         timeout_us = request.timeout() or parse_timeout(request.parameters())
         deadline = Deadline(timeout_us / 1e6, arrived_at) if timeout_us > 0 else None
         engine_request = Request(

@@ -18,6 +18,7 @@ MAX_PROMPT_BYTES = 1 << 20
 MAX_PROMPT_IDS = 1 << 20
 MAX_PARAMETERS_BYTES = 256 << 10
 MAX_REMEMBERED_LENGTH, NUM_REMEMBERED = 2048, 256  # of texts of sampling parameters
+MAX_LOGPROBS_AT_ONCE = 1 << 20  # about 80 MB of JSON
 MAX_REQUEST_ID_LENGTH = 256  # Triton repeats it with every response
 MAX_CACHE_SALT_LENGTH = 128
 MAX_TIMEOUT = 2**63 - 1  # microseconds
@@ -115,6 +116,22 @@ def parse_timeout(parameters: str) -> int:
     if isinstance(timeout, bool) or not isinstance(timeout, int) or not 0 <= timeout <= MAX_TIMEOUT:
         raise RequestError(f"timeout must be an integer in [0, {MAX_TIMEOUT}] (microseconds), got {shown(timeout)}")
     return timeout
+
+
+def check_response_size(generate: GenerateRequest, num_prompt_tokens: int, max_model_len: int) -> None:
+    """Raise RequestError where the log probabilities of all tokens could be too many for the one response they go into."""
+    params = generate.sampling_params
+    if generate.stream or not generate.wants_logprobs or params.logprobs is None:
+        return
+    num_tokens = max_model_len - num_prompt_tokens
+    if params.max_tokens is not None:
+        num_tokens = min(num_tokens, params.max_tokens)
+    count = params.n * num_tokens * (params.logprobs + 1)
+    if count > MAX_LOGPROBS_AT_ONCE:
+        raise RequestError(
+            f"logprobs must have at most {MAX_LOGPROBS_AT_ONCE} entries in one response, got {params.n} x {num_tokens} tokens "
+            f"x {params.logprobs + 1} = {count}; send stream, or lower max_tokens, n or logprobs"
+        )
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int | None = None) -> list[int]:

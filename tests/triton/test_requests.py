@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pagedcore_triton.requests import (
     MAX_PROMPT_IDS,
     ChatPrompt,
     GenerateRequest,
+    check_response_size,
     parse_request,
 )
 
@@ -223,3 +225,16 @@ def test_any_text_is_an_object_or_a_request_error(content: str) -> None:
         assert str(error).startswith("it must ")
     else:
         assert isinstance(values, dict)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "stream", "fits"), [(1000, False, True), (999, False, False), (1, True, True)]
+)
+def test_log_probabilities_in_one_response_are_bounded(num_prompt_tokens: int, stream: bool, fits: bool) -> None:
+    """64 sequences of 780 tokens, 21 at each."""
+    sampling = text('{"n": 64, "logprobs": 20, "max_tokens": null}')
+    flags = {"return_logprobs": flag(True), "stream": flag(stream)}
+    request = parse(text_input=text("Hi"), sampling_parameters=sampling, **flags)
+    refusal = r"logprobs must have at most 1048576 entries .* 64 x 781 tokens x 21 = 1049664"
+    with nullcontext() if fits else pytest.raises(RequestError, match=refusal):
+        check_response_size(request, num_prompt_tokens, 1780)
