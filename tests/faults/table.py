@@ -261,6 +261,21 @@ FAULTS = (
         "a request that does not fit is refused, others are served",
         (f"{_RESOURCES}test_a_full_dev_shm_fails_what_does_not_fit_and_nothing_else",),
     ),
+    Fault(
+        "/dev/shm is full when a large answer is to be sent",
+        "the request ends with an error, others are served",
+        (f"{_RESOURCES}test_a_last_response_that_does_not_fit_dev_shm_ends_with_an_error",),
+    ),
+    Fault(
+        "handing a request to the engine raises",
+        "the request ends with an error, which is logged and counted",
+        (f"{_INJECTED}test_a_request_lost_before_the_engine_is_logged_and_counted",),
+    ),
+    Fault(
+        "a call to a metric raises",
+        "the next export makes up for it",
+        (f"{_INJECTED}test_a_metric_that_fails_is_made_up_for",),
+    ),
     Fault("the disk is full", "said in one line", (f"{_LAUNCHER}test_a_full_disk_is_said_in_one_line",)),
     Fault(
         "a port is taken",
