@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from pagedcore.build import load_engine
 from pagedcore.config import EngineConfig
-from pagedcore.engine.outputs import EngineStats, TokenLogprobs, TokenOutput
+from pagedcore.engine.logprobs import TokenLogprobs
+from pagedcore.engine.outputs import EngineStats, TokenOutput
 from pagedcore.engine.request import Request, truncate_prompt
 from pagedcore.engine.sampling_params import SamplingParams
 from pagedcore.engine.sequence import FinishReason
@@ -64,7 +65,11 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A prompt and its continuations."""
+    """A prompt and its continuations.
+
+    `prompt_logprobs`, when the sampling parameters ask for them: None for the first token, and for every other one a mapping
+    as in `CompletionOutput.logprobs`.
+    """
 
     request_id: str
     prompt: str | None
@@ -72,6 +77,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class LLM:
@@ -189,6 +195,7 @@ class _Generation:
         tokenizer = tokenizer if params.detokenize else None
         if params.stop and tokenizer is None:
             raise RequestError("stop strings need a tokenizer and detokenize = true")
+        self._tokenizer = tokenizer
         self._completions = [_Completion(request, tokenizer, index) for index in range(params.n)]
         outputs = [completion.output for completion in self._completions]
         self.result = RequestOutput(request.request_id, prompt, request.prompt_token_ids, outputs)
@@ -197,6 +204,10 @@ class _Generation:
         """Add an output; returns whether a stop string has just ended its sequence. Raises the error that ended the request."""
         if output.error is not None:
             raise output.error
+        if output.prompt_logprobs is not None:
+            positions = output.prompt_logprobs.positions()
+            token_ids = self.request.prompt_token_ids[1:]
+            self.result.prompt_logprobs = [None, *_logprob_maps(token_ids, positions, self._tokenizer)]
         stopped = self._completions[output.index].take(output)
         if output.finish_reason is not None:
             self.note_end(output)
@@ -252,13 +263,22 @@ class _Completion:
         completion = self.output
         if completion.logprobs is None:
             completion.logprobs, completion.cumulative_logprob = [], 0.0
-        for token_id, entry in zip(token_ids, logprobs, strict=True):
-            completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + entry.logprob
-            position = {token_id: Logprob(entry.logprob, entry.rank, self._token_text(token_id))}
-            for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
-                if other >= 0:
-                    position.setdefault(other, Logprob(logprob, rank, self._token_text(other)))
-            completion.logprobs.append(position)
+        entries = list(logprobs)
+        completion.cumulative_logprob = sum((entry.logprob for entry in entries), completion.cumulative_logprob or 0.0)
+        completion.logprobs += _logprob_maps(token_ids, entries, self._tokenizer)
 
-    def _token_text(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+def _logprob_maps(
+    token_ids: Iterable[int], entries: Iterable[TokenLogprobs], tokenizer: Tokenizer | None
+) -> Iterator[dict[int, Logprob]]:
+    """For each position the token that is there, then the most likely ones."""
+
+    def text(token_id: int) -> str | None:
+        return None if tokenizer is None else tokenizer.token_text(token_id)
+
+    for token_id, entry in zip(token_ids, entries, strict=True):
+        position = {token_id: Logprob(entry.logprob, entry.rank, text(token_id))}
+        for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
+            if other >= 0:
+                position.setdefault(other, Logprob(logprob, rank, text(other)))
+        yield position

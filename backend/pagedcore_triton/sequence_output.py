@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from pagedcore.engine.outputs import TokenLogprobs, TokenOutput
+from pagedcore.engine.logprobs import TokenLogprobs
+from pagedcore.engine.outputs import TokenOutput
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.output_text import OutputText
 from pagedcore.text import Tokenizer

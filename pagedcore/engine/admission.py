@@ -107,9 +107,10 @@ class Admission:
             num_tokens = len(seq.token_ids)
             self._blocks.add(seq.seq_id)
             cached = 0
-            if self._config.enable_prefix_caching:
-                # The last token is always computed: its logits are what the sequence waits for.
-                cached = self._blocks.match_prefix(seq.seq_id, seq.token_ids, num_tokens - 1, seq.request.cache_salt)
+            # The last token is always computed: its logits are what the sequence waits for.
+            most_cached = min(num_tokens - 1, group.num_cacheable_tokens)
+            if self._config.enable_prefix_caching and most_cached > 0:
+                cached = self._blocks.match_prefix(seq.seq_id, seq.token_ids, most_cached, seq.request.cache_salt)
             cached = self._pinned.attach(seq, cached)
             query_len = min(num_tokens - cached, budget)
             if query_len < num_tokens - cached and not self._config.enable_chunked_prefill:
@@ -122,7 +123,7 @@ class Admission:
             self._refused_at = None
             if group.status is GroupStatus.WAITING:
                 group.num_cached_tokens = cached
-                self.num_prefix_queries += num_tokens
+                self.num_prefix_queries += num_tokens if group.num_cacheable_tokens > 0 else 0
                 self.num_prefix_hits += cached
             seq.num_computed_tokens = cached
             self._groups.start(group)

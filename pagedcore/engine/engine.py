@@ -84,8 +84,9 @@ class Engine:
             raise RequestError(f"prompt_token_ids must be in [0, {limits.vocab_size - 1}], got {wrong}")
         bad_words = reachable_words(request.bad_words, limits.vocab_size)
         check_token_rules(params, bad_words, self._stop_token_ids(params), limits.vocab_size)
-        if params.logprobs is not None and params.logprobs > limits.max_logprobs:
-            raise RequestError(f"logprobs must be in [0, {limits.max_logprobs}] (max_logprobs), got {params.logprobs}")
+        for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if value is not None and value > limits.max_logprobs:
+                raise RequestError(f"{name} must be in [0, {limits.max_logprobs}] (max_logprobs), got {value}")
         num_stops = len({*params.stop_token_ids, *(() if params.ignore_eos else limits.eos_token_ids)})
         if params.beam_width is not None and params.beam_width + num_stops > limits.vocab_size:
             raise RequestError(

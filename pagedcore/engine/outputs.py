@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from pagedcore.engine.logprobs import PromptLogprobs, TokenLogprobs
 from pagedcore.engine.queue_limits import RefusalReason
 from pagedcore.engine.sequence import FinishReason, Sequence
 from pagedcore.engine.sequence_group import SequenceGroup
-from pagedcore.engine.step_plan import StepResult
-
-
-class TokenLogprobs(NamedTuple):
-    """Log probabilities at one output position, of the model's unmodified distribution."""
-
-    logprob: float
-    rank: int  # of the sampled token; 1: most likely
-    top_token_ids: list[int]  # the most likely ones, descending; -1 behind the last one of finite probability
-    top_logprobs: list[float]
 
 
 @dataclass(slots=True)
@@ -31,6 +22,7 @@ class TokenOutput:
     `stop_reason` is the stop token id that ended the sequence, when that is not the end-of-sequence token.
     `logprobs` has one entry per token, when the request asked for them. `cumulative_logprob`, in the last message of a
     sequence, is the sum over all its tokens, where it is known: then, and where outputs are ranked.
+    `prompt_logprobs` is in the first message of a request that asked for them, whichever sequence that is of.
     `error` is set exactly when the reason is ERROR.
     """
 
@@ -44,6 +36,7 @@ class TokenOutput:
     error: Exception | None = None
     request_finished: bool = False
     cumulative_logprob: float | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class OutputSink(Protocol):
@@ -54,25 +47,6 @@ class OutputSink(Protocol):
     """
 
     def push(self, output: TokenOutput) -> None: ...
-
-
-class StepLogprobs:
-    """The log probabilities of a step as Python numbers, converted all at once: row by row it takes several times as long."""
-
-    def __init__(self, result: StepResult) -> None:
-        assert result.chosen_logprobs is not None and result.chosen_ranks is not None
-        assert result.top_logprobs is not None and result.top_token_ids is not None
-        self._chosen: list[float] = result.chosen_logprobs.tolist()
-        self._ranks: list[int] = result.chosen_ranks.tolist()
-        self._top_ids: list[list[int]] = result.top_token_ids.tolist()
-        self._top: list[list[float]] = result.top_logprobs.tolist()
-
-    def of_row(self, row: int, wanted: int) -> TokenLogprobs:
-        """Those of the token drawn in a row, and of the `wanted` most likely ones."""
-        ids, logprobs = self._top_ids[row], self._top[row]
-        if len(ids) > wanted:
-            ids, logprobs = ids[:wanted], logprobs[:wanted]
-        return TokenLogprobs(self._chosen[row], self._ranks[row], ids, logprobs)
 
 
 def final_output(

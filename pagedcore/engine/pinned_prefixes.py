@@ -20,7 +20,8 @@ class PinnedPrefixes:
     """Owns a block table for each declared prefix, which is never evicted.
 
     Unlike the prefix cache, which shares whole blocks, a pinned prefix is shared to its last token: its last, partial block
-    is copied when a sequence writes behind the prefix. Only sequences without a cache salt begin with one.
+    is copied when a sequence writes behind the prefix. Only sequences without a cache salt begin with one, and none whose
+    request wants to know how likely its prompt was, which has to be computed for that.
     """
 
     def __init__(self, blocks: BlockManager) -> None:
@@ -40,7 +41,7 @@ class PinnedPrefixes:
 
         Returns how many tokens it then begins with; the last one is always left to compute.
         """
-        prefix = self._longest(sequence.request.cache_salt, sequence.token_ids)
+        prefix = self._longest(sequence.request, sequence.token_ids)
         if prefix is None or len(prefix.token_ids) <= num_cached:
             return num_cached
         self._blocks.release(sequence.seq_id)
@@ -49,12 +50,12 @@ class PinnedPrefixes:
 
     def num_shared_blocks(self, request: Request) -> int:
         """How many of the pinned blocks the request's sequences never need a copy of: the full ones of its prefix."""
-        prefix = self._longest(request.cache_salt, array("i", request.prompt_token_ids)) if self._prefixes else None
+        prefix = self._longest(request, array("i", request.prompt_token_ids)) if self._prefixes else None
         return 0 if prefix is None else len(prefix.token_ids) // self._blocks.block_size
 
-    def _longest(self, cache_salt: str, token_ids: array[int]) -> _PinnedPrefix | None:
-        """The longest prefix of these tokens, the last one left out; none for requests with a cache salt."""
-        if cache_salt:
+    def _longest(self, request: Request, token_ids: array[int]) -> _PinnedPrefix | None:
+        """The longest prefix of these tokens of a request, the last one left out; None if it shares none."""
+        if request.cache_salt or request.sampling_params.prompt_logprobs is not None:
             return None
         for prefix in self._prefixes:
             length = len(prefix.token_ids)

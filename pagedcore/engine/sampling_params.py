@@ -39,6 +39,7 @@ _INTEGER_FIELDS = (
     "max_tokens",
     "min_tokens",
     "logprobs",
+    "prompt_logprobs",
     "truncate_prompt_tokens",
     "priority",
 )
@@ -61,7 +62,6 @@ _BOOL_FIELDS = (
 )
 # vLLM's parameters that this version does not have, and the values that ask for nothing.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "prompt_logprobs": (None,),
     "logits_processors": (None, []),
     "structured_outputs": (None,),
     "guided_decoding": (None,),
@@ -81,6 +81,7 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 _OFF_WITH_BEAM_SEARCH = {
     "stop": (),
     "logprobs": None,
+    "prompt_logprobs": None,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
@@ -121,6 +122,8 @@ class SamplingParams:
     max_tokens: output tokens at most; None: until the context is full
     min_tokens: output tokens at least; until then, end-of-sequence and stop tokens are not drawn
     logprobs: how many of the most likely tokens to report beside each output token; None: no log probabilities
+    prompt_logprobs: as logprobs, for every prompt token but the first; the whole prompt is then computed, none of it taken
+        from the prefix cache
     detokenize: False gives token ids only, and excludes stop strings
     bad_words: texts that the output does not contain: a token that would complete one is not drawn
     logit_bias: by token id, what is added to its logit, in [-100, 100]; becomes a tuple of pairs
@@ -146,6 +149,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -184,7 +188,8 @@ class SamplingParams:
         self._check_integer("seed", -1, MAX_SEED, optional=True)
         self._check_integer("max_tokens", 1, MAX_TOKENS, optional=True)
         self._check_integer("min_tokens", 0, MAX_TOKENS)
-        self._check_integer("logprobs", 0, MAX_TOKENS, optional=True, high_name="max_logprobs")
+        for name in ("logprobs", "prompt_logprobs"):
+            self._check_integer(name, 0, MAX_TOKENS, optional=True, high_name="max_logprobs")
         self._check_integer("priority", MIN_PRIORITY, MAX_PRIORITY)
         if not isinstance(self.tenant, str) or len(self.tenant) > MAX_TENANT_LENGTH:
             limit = f"a text of at most {MAX_TENANT_LENGTH} characters"

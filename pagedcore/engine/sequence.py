@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pagedcore.engine.request import Request
 
 if TYPE_CHECKING:
-    from pagedcore.engine.outputs import TokenLogprobs
+    from pagedcore.engine.logprobs import TokenLogprobs
     from pagedcore.engine.sequence_group import SequenceGroup
 
 NEVER = 2**62  # a step that is never reached

@@ -11,6 +11,7 @@ import numpy as np
 
 from pagedcore._core import BlockManager
 from pagedcore.engine.beam_search import BeamSearch, Continuation
+from pagedcore.engine.logprobs import PromptLogprobs
 from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason, Sequence
 
@@ -48,8 +49,9 @@ class SequenceGroup:
     is preempted first. `account` is its tenant's.
     `held` are ended sequences whose outputs are still to be ranked. Steps before `restarted_at` do not concern it any more.
     `started_at`: the first step since it was last admitted; what earlier ones computed is in blocks that it gave back.
-    `num_ended_tokens`: output tokens of the sequences that have ended. `scheduled_at`, `first_token_at`: when the group was first
-    admitted and drew first, by the engine's clock; None: not yet.
+    `prompt_logprobs` are there as long as they are to be found or told. `num_ended_tokens`: output tokens of the sequences that
+    have ended. `scheduled_at`, `first_token_at`: when the group was first admitted and drew first, by the engine's clock; None:
+    not yet.
     """
 
     __slots__ = (
@@ -69,6 +71,7 @@ class SequenceGroup:
         "num_prompt_tokens",
         "num_swapped_blocks",
         "priority",
+        "prompt_logprobs",
         "rank",
         "ranks_outputs",
         "request_id",
@@ -108,7 +111,12 @@ class SequenceGroup:
         self.num_logprobs = -1 if params.logprobs is None else params.logprobs
         if self.ranks_outputs:
             self.num_logprobs = max(self.num_logprobs, 0) if self.search is None else self.search.num_candidates
-        self.is_plain = self.num_logprobs < 0  # a token is all there is to say about a step
+        self.prompt_logprobs: PromptLogprobs | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = PromptLogprobs(first.num_prompt_tokens, params.prompt_logprobs)
+        self.is_plain = (
+            self.num_logprobs < 0 and self.prompt_logprobs is None
+        )  # a token is all there is to say about a step
         self.num_cached_tokens = 0
         self.num_swapped_blocks = 0  # when it was last swapped out
         self.num_ended_tokens = 0
@@ -127,6 +135,19 @@ class SequenceGroup:
     def table_ids(self) -> list[int]:
         """The ids under which the block manager knows the group, while it owns blocks."""
         return [self.lead.seq_id] if self.trunk is not None else [seq.seq_id for seq in self.sequences]
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """How many tokens need not be computed where their K/V are at hand: not those that tell of unknown prompt tokens."""
+        if self.prompt_logprobs is None or self.prompt_logprobs.is_complete:
+            return self.lead.max_total_tokens
+        return self.prompt_logprobs.num_known - 1
+
+    def tell_prompt_logprobs(self) -> PromptLogprobs | None:
+        """What is to be told with the first output, once."""
+        told, self.prompt_logprobs = self.prompt_logprobs, None
+        self.is_plain = self.num_logprobs < 0
+        return told
 
     def begin(self) -> Sequence:
         """Set out to compute everything from the first token on; returns the sequence that gets blocks now."""

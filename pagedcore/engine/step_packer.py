@@ -13,6 +13,7 @@ from pagedcore.engine.step_plan import (
     NUM_SAMPLING_COLUMNS,
     Header,
     Int32Array,
+    PromptSpan,
     SamplingColumn,
     StepLayout,
     StepPlan,
@@ -24,6 +25,7 @@ _EXTRAS_OFFSET, _NUM_EXTRAS, _ANY_RANDOM, _MAX_LOGPROBS, _NUM_SWAP_OUTS, _NUM_SW
     Header._fields.index(name)
     for name in ("extras_offset", "num_extras", "any_random", "max_logprobs", "num_swap_outs", "num_swap_ins")
 )
+_NUM_PROMPT_TARGETS, _MAX_PROMPT_LOGPROBS = map(Header._fields.index, ("num_prompt_targets", "max_prompt_logprobs"))
 _PADDING_SAMPLING = np.array([-1 if c is SamplingColumn.NUM_LOGPROBS else 0 for c in SamplingColumn], np.int32)
 
 
@@ -59,6 +61,7 @@ class StepPacker:
         self._free_slots = list(range(max_num_seqs))
         self._extras: list[FixedExtras | None] = [None] * max_num_seqs  # by slot; None: never any
         self._num_with_extras = 0
+        self._num_with_prompt_logprobs = 0
 
     @property
     def num_free_slots(self) -> int:
@@ -74,11 +77,13 @@ class StepPacker:
         row[SamplingColumn.NUM_LOGPROBS] = num_logprobs
         self._extras[sequence.slot] = fixed = FixedExtras.of(sequence)
         self._num_with_extras += fixed is not None
+        self._num_with_prompt_logprobs += params.prompt_logprobs is not None
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that runs no more."""
         self._free_slots.append(sequence.slot)
         self._num_with_extras -= self._extras[sequence.slot] is not None
+        self._num_with_prompt_logprobs -= sequence.request.sampling_params.prompt_logprobs is not None
         sequence.slot = -1
 
     def pack(self, rows: Rows, swaps: Swaps | None) -> StepPlan:
@@ -123,9 +128,14 @@ class StepPacker:
                 buffer[count] = len(pairs)
                 buffer[used : used + pairs.size] = pairs.reshape(-1)
                 used += pairs.size
+        spans: list[PromptSpan] = []
+        if self._num_with_prompt_logprobs:
+            spans, used = _fill_prompt_targets(buffer, used, sequences, computed, query_lens)
         used = self._fill_sampling(buffer, layout, used, sequences, draws)
         swapped = [] if swaps is None else swaps.groups
-        plan = StepPlan(self.num_steps, sequences, computed, query_lens, samples, buffer, used, beam_rows, swapped)
+        plan = StepPlan(
+            self.num_steps, sequences, computed, query_lens, samples, buffer, used, beam_rows, swapped, spans
+        )
         self.num_steps += 1
         return plan
 
@@ -158,3 +168,28 @@ class StepPacker:
                 buffer[_EXTRAS_OFFSET], buffer[_NUM_EXTRAS] = used, size
                 used += size
         return used
+
+
+def _fill_prompt_targets(
+    buffer: Int32Array, used: int, sequences: list[Sequence], computed: list[int], query_lens: list[int]
+) -> tuple[list[PromptSpan], int]:
+    """Write which of the step's tokens tell of which prompt tokens; return those, and where the buffer ends."""
+    spans: list[PromptSpan] = []
+    sources: list[int] = []
+    targets: list[int] = []
+    num_top = index = 0  # the index of the row's first token
+    for seq, start, query_len in zip(sequences, computed, query_lens, strict=True):
+        wanted = seq.group.prompt_logprobs
+        if wanted is not None:
+            begin, end = wanted.missing_from(start, start + query_len)
+            if begin < end:
+                spans.append(PromptSpan(seq.group, begin, end))
+                sources += range(index + begin - 1 - start, index + end - 1 - start)
+                targets += seq.request.prompt_token_ids[begin:end]
+                num_top = max(num_top, seq.request.sampling_params.prompt_logprobs or 0)
+        index += query_len
+    count = len(targets)
+    buffer[_NUM_PROMPT_TARGETS], buffer[_MAX_PROMPT_LOGPROBS] = count, num_top
+    buffer[used : used + count] = sources
+    buffer[used + count : used + 2 * count] = targets
+    return spans, used + 2 * count

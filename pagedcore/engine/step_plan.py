@@ -51,6 +51,8 @@ class StepLayout:
     copies          [C, 2]    copy-on-write: source block, destination block; done before anything is written
     swap_outs       [O, 2]    device block, host block; done before the copies
     swap_ins        [I, 2]    host block, device block; done after swap_outs, before the copies
+    prompt_sources  [Q]       tokens of this step (their indices) whose logits say how likely the next prompt token was
+    prompt_targets  [Q]       those next prompt tokens' ids; both only when a row wants its prompt's log probabilities
     extras          [E]       see `pagedcore/engine/sampling_extras.py`; only when a row uses penalties, bans or biases
     """
 
@@ -92,7 +94,7 @@ class StepLayout:
 
 
 class Header(NamedTuple):
-    """The first elements of the packed buffer; the rest of its 16 elements are 0."""
+    """The 16 first elements of the packed buffer."""
 
     num_tokens: int  # padded
     num_rows: int  # padded
@@ -108,6 +110,14 @@ class Header(NamedTuple):
     max_logprobs: int  # -1: no row wants log probabilities; else the largest number wanted
     num_swap_outs: int = 0
     num_swap_ins: int = 0
+    num_prompt_targets: int = 0
+    max_prompt_logprobs: int = 0  # the largest number of most likely tokens that a row wants beside its prompt's
+
+    @property
+    def prompt_sources_offset(self) -> int:
+        """Where the sections about prompt tokens begin."""
+        num_pairs = self.num_copies + self.num_swap_outs + self.num_swap_ins
+        return StepLayout(self.num_tokens, self.num_rows, self.table_width).copies + 2 * num_pairs
 
     @property
     def is_decode(self) -> bool:
@@ -128,6 +138,14 @@ class Swaps:
     groups: list[SequenceGroup]
 
 
+class PromptSpan(NamedTuple):
+    """Prompt tokens [begin, end) of a group, whose log probabilities a step finds."""
+
+    group: SequenceGroup
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One step, decided: row i computes tokens [c, c + n) of sequences[i], c = num_computed_tokens[i], n = num_scheduled_tokens[i].
@@ -135,7 +153,8 @@ class StepPlan:
     Rows that compute one token come first. A row with n = 0 draws from the last token of the row before it: sequences that
     are equal up to there are computed once. `samples[i]` says whether the row ends at its sequence's last token, so that
     the token drawn there counts; beams draw none, `beam_rows` are those that end at a beam's last token. `swapped` are the
-    groups whose blocks move between device and host first. `buffer` is the packed form (`used` elements of it), valid until
+    groups whose blocks move between device and host first. `prompt_spans` are the prompt tokens whose log probabilities the step
+    finds, in the order of `StepResult.prompt_logprobs`. `buffer` is the packed form (`used` elements of it), valid until
     the step after the next one is planned; the executor reads nothing else.
     """
 
@@ -148,6 +167,21 @@ class StepPlan:
     used: int
     beam_rows: list[int] = field(default_factory=list)
     swapped: list[SequenceGroup] = field(default_factory=list)
+    prompt_spans: list[PromptSpan] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LogprobArrays:
+    """Log probabilities of given tokens at `num` positions, and of the k most likely tokens there, descending.
+
+    chosen_logprobs [num] float32 (NaN: the logits were not finite), chosen_ranks [num] int32 (1: most likely),
+    top_logprobs [num, k] float32, top_token_ids [num, k] int32
+    """
+
+    chosen_logprobs: npt.NDArray[np.float32]
+    chosen_ranks: Int32Array
+    top_logprobs: npt.NDArray[np.float32]
+    top_token_ids: Int32Array
 
 
 @dataclass(frozen=True)
@@ -157,6 +191,7 @@ class StepResult:
     token_ids: [num_rows] int32, -1 in a row whose logits were not finite (its request fails, the rest go on)
     With log probabilities: chosen_logprobs [num_rows] float32, chosen_ranks [num_rows] int32 (1: most likely),
     top_logprobs [num_rows, k] float32 and top_token_ids [num_rows, k] int32, descending, k = Header.max_logprobs.
+    prompt_logprobs: of the plan's `prompt_spans`, one behind the other, k = Header.max_prompt_logprobs; None: there are none.
     """
 
     token_ids: Int32Array
@@ -164,3 +199,4 @@ class StepResult:
     chosen_ranks: Int32Array | None = None
     top_logprobs: npt.NDArray[np.float32] | None = None
     top_token_ids: Int32Array | None = None
+    prompt_logprobs: LogprobArrays | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pagedcore._core import BlockManager
 from pagedcore.engine.clock import Clock
 from pagedcore.engine.lifecycle import GroupLifecycle
-from pagedcore.engine.outputs import StepLogprobs, TokenLogprobs, TokenOutput, final_output, ranked_outputs
+from pagedcore.engine.logprobs import StepLogprobs, TokenLogprobs
+from pagedcore.engine.outputs import TokenOutput, final_output, ranked_outputs
 from pagedcore.engine.sequence import NEVER, FinishReason, Sequence
 from pagedcore.engine.sequence_group import GroupStatus, SequenceGroup
 from pagedcore.engine.step_packer import StepPacker
@@ -47,6 +48,8 @@ class StepResults:
         for row in plan.beam_rows:
             if token_ids[row] < 0 and step_id >= plan.sequences[row].valid_from:
                 outputs.append(self._fail_bad_logits(plan.sequences[row].group))
+        if plan.prompt_spans:
+            outputs += self._take_prompt_logprobs(plan, result)
         for row, (seq, start, n, samples) in enumerate(
             zip(plan.sequences, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.samples, strict=True)
         ):
@@ -85,6 +88,18 @@ class StepResults:
         self.num_prompt_tokens += times.num_prompt_tokens
         if self._recorder is not None:
             self._recorder.add_step(times.record(sum(plan.num_scheduled_tokens), num_drawn))
+        return outputs
+
+    def _take_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        """Take over what a step says of prompts; a group whose logits were not finite there fails."""
+        assert result.prompt_logprobs is not None
+        outputs: list[TokenOutput] = []
+        at = 0
+        for group, begin, end in plan.prompt_spans:
+            wanted = group.prompt_logprobs if _concerns(plan, group) else None
+            if wanted is not None and not wanted.take(begin, end, result.prompt_logprobs, at):
+                outputs.append(self._fail_bad_logits(group))
+            at += end - begin
         return outputs
 
     def _take_beam(self, beam: Sequence, row: int, result: StepResult, times: StepTimes) -> list[TokenOutput]:
@@ -130,10 +145,15 @@ class StepResults:
             seq.cumulative_logprob += logprobs[0].logprob
         if group.ranks_outputs:
             seq.logprobs += logprobs
+        outputs: list[TokenOutput] = []
         if reason is not None:
             self._groups.end_sequence(seq, reason)
-            return self._final_outputs(seq, [token], logprobs)
-        return [] if group.ranks_outputs else [TokenOutput(group.request_id, seq.index, [token], logprobs=logprobs)]
+            outputs = self._final_outputs(seq, [token], logprobs)
+        elif not group.ranks_outputs:
+            outputs = [TokenOutput(group.request_id, seq.index, [token], logprobs=logprobs or None)]
+        if outputs and group.prompt_logprobs is not None:
+            outputs[0].prompt_logprobs = group.tell_prompt_logprobs()
+        return outputs
 
     def end_sequence(self, sequence: Sequence) -> list[TokenOutput]:
         """End one unfinished sequence of a group, with the reason STOP."""
@@ -171,7 +191,7 @@ class StepResults:
 
     def _restart_swapped(self, plan: StepPlan) -> None:
         for group in plan.swapped:
-            if group.status is not GroupStatus.FINISHED and plan.step_id >= group.restarted_at:
+            if _concerns(plan, group):
                 self._groups.restart(group)
 
 
@@ -183,6 +203,9 @@ def _has_computed(group: SequenceGroup, step_id: int) -> bool:
 def _unfinished_groups(plan: StepPlan) -> list[SequenceGroup]:
     """The groups that the step still concerns."""
     groups = dict.fromkeys(seq.group for seq in plan.sequences)
-    return [
-        group for group in groups if group.status is not GroupStatus.FINISHED and plan.step_id >= group.restarted_at
-    ]
+    return [group for group in groups if _concerns(plan, group)]
+
+
+def _concerns(plan: StepPlan, group: SequenceGroup) -> bool:
+    """Whether the group is still there and has not been restarted since the step was planned."""
+    return group.status is not GroupStatus.FINISHED and plan.step_id >= group.restarted_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pagedcore.execution.kv_cache import (
     swap_cost_tokens,
 )
 from pagedcore.execution.local import NUM_STEP_BUFFERS, step_buffer_size
+from pagedcore.execution.prompt_scorer import prompt_logprobs
 from pagedcore.execution.sampler import SampledTokens, Sampler
 from pagedcore.layers.activations import ActivationBuffers
 from pagedcore.layers.linear import Placement
@@ -263,6 +265,10 @@ class CudaExecutor:
         else:
             drawn = self._drawn[plan.step_id % NUM_STEP_BUFFERS][: header.num_rows]
             result = StepResult(drawn.copy_(tokens, non_blocking=True).numpy())
+        if header.num_prompt_targets:
+            packed = self._step.inputs.packed
+            of_prompts = prompt_logprobs(self._step.logits_at, packed, header, len(self._step.logits))
+            result = dataclasses.replace(result, prompt_logprobs=of_prompts)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return CudaPendingStep(done, result)
@@ -288,7 +294,7 @@ class CudaExecutor:
 def _is_plain(header: Header) -> bool:
     """Whether a step moves no blocks and wants nothing of its logits but the tokens that its forward pass draws."""
     moves_blocks = header.num_copies or header.num_swap_outs or header.num_swap_ins
-    return not (moves_blocks or header.num_extras) and header.max_logprobs < 0
+    return not (moves_blocks or header.num_extras or header.num_prompt_targets) and header.max_logprobs < 0
 
 
 def _to_host(sampled: SampledTokens) -> StepResult:

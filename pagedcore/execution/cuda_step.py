@@ -96,7 +96,7 @@ class CudaStep:
 
     def captured(self, header: Header) -> CapturedStep | None:
         """What was captured for steps of this size, if they were."""
-        return self._captured.get((header.num_tokens, header.num_rows, header.is_decode))
+        return self._captured.get((header.num_tokens, header.num_rows, _may_overwrite_hidden(header)))
 
     def run(self, header: Header) -> None:
         """Compute the uploaded step: logits of each row's last token, and `inputs.last_token_ids`."""
@@ -105,7 +105,17 @@ class CudaStep:
         if captured is not None:
             captured.graph.replay()
         else:
-            self.forward(header.num_tokens, header.num_rows, header.max_query_len, header.is_decode)
+            self.forward(header.num_tokens, header.num_rows, header.max_query_len, _may_overwrite_hidden(header))
+
+    def logits_at(self, indices: torch.Tensor) -> torch.Tensor:
+        """The logits of these tokens of the step that `run` computed last, which has prompt targets: [num, vocab_size] float32.
+
+        indices: [num] int32, at most as many as a step may have rows. The result is where the step's own logits were.
+        """
+        self._buffers.gather_last(indices)
+        rows = self._buffers.for_rows(len(indices))
+        self._model.head(rows)
+        return rows.logits
 
     def capture(self, num_tokens: int, num_rows: int, is_decode: bool, pool: Any) -> None:
         """Capture steps of this size on the current stream; one of as many tokens must have run before.
@@ -133,3 +143,11 @@ class CudaStep:
             last = buffers.for_rows(num_rows)
         self._model.head(last)
         ops.sample(last.logits, inputs.sampling[:num_rows], inputs.last_token_ids[:num_rows])
+
+
+def _may_overwrite_hidden(header: Header) -> bool:
+    """Whether a step may run as one of rows of one token each, whose head works where the layers left their results.
+
+    Where something is still to be read there, it runs as a step of rows of any lengths, which is the same but for a copy.
+    """
+    return header.is_decode and header.num_prompt_targets == 0

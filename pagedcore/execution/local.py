@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
@@ -28,6 +29,7 @@ from pagedcore.execution.kv_cache import (
     swap_cost_tokens,
 )
 from pagedcore.execution.model_runner import ModelRunner
+from pagedcore.execution.prompt_scorer import prompt_logprobs
 from pagedcore.execution.sampler import Sampler
 from pagedcore.layers.activations import ActivationBuffers
 from pagedcore.layers.linear import Placement
@@ -205,7 +207,11 @@ class LocalExecutor:
         logits = self._runner.run(batch, on_start=self._deliver)
         sampled = self._sampler(logits, batch.buffer, batch.header, batch.token_ids)
         self._last_token_ids[: len(sampled.token_ids)] = sampled.token_ids
-        return sampled.to_result()
+        result = sampled.to_result()
+        if batch.header.num_prompt_targets == 0:
+            return result
+        of_prompts = prompt_logprobs(self._runner.logits_at, batch.buffer, batch.header, len(self._last_token_ids))
+        return dataclasses.replace(result, prompt_logprobs=of_prompts)
 
 
 def step_buffer_size(
@@ -214,8 +220,10 @@ def step_buffer_size(
     """int32 elements of the largest step."""
     copies = 2 * max_rows  # a step writes into one shared block of a row at most
     swaps = 2 * num_host_blocks  # all out and all in
+    prompts = 2 * max_tokens  # each token of the step may tell of a prompt token
     return (
         StepLayout(max_tokens, max_rows, table_width).copies
         + 2 * (copies + swaps)
+        + prompts
         + max_extras(max_rows, max_model_len)
     )

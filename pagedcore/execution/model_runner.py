@@ -30,7 +30,7 @@ class ModelRunner:
         The result lies in a buffer that the next call overwrites. `on_start` is called when all is prepared, just before
         the GIL is released for most of the step.
         """
-        num_tokens, num_rows = batch.header.num_tokens, batch.header.num_rows
+        num_tokens = batch.header.num_tokens
         self._kv_cache.prepare(batch.buffer, batch.header)
         self._model.embed(batch.token_ids, batch.positions, self._buffers)
         on_start()
@@ -38,6 +38,14 @@ class ModelRunner:
             ("layers", num_tokens) if batch.is_decode else None,
             lambda: self._model(batch.attention(), self._kv_cache.layers, self._buffers.for_tokens(num_tokens)),
         )
-        self._buffers.gather_last(batch.last_positions)
-        self._graphs.run(("head", num_rows), lambda: self._model.head(self._buffers.for_rows(num_rows)))
-        return self._buffers.logits[:num_rows]
+        return self.logits_at(batch.last_positions)
+
+    def logits_at(self, indices: torch.Tensor) -> torch.Tensor:
+        """The logits of these of the tokens that `run` computed last, [num, vocab_size] float32, where its result was.
+
+        indices: [num] int32, at most as many as a step may have rows.
+        """
+        num = len(indices)
+        self._buffers.gather_last(indices)
+        self._graphs.run(("head", num), lambda: self._model.head(self._buffers.for_rows(num)))
+        return self._buffers.logits[:num]
