@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedcore.engine.executor import KVCacheShape
-from pagedcore.engine.step_plan import HEADER_SIZE, Header, Int32Array, SamplingColumn, StepLayout, StepPlan, StepResult
+from pagedcore.engine.step_plan import (
+    HEADER_SIZE,
+    Header,
+    Int32Array,
+    LogprobArrays,
+    SamplingColumn,
+    StepLayout,
+    StepPlan,
+    StepResult,
+)
 from pagedcore.engine.step_sizes import NO_PADDING
 
 _MASK = 2**64 - 1
@@ -74,6 +83,12 @@ def reference_logprob(prompt: Sequence[int], output: Sequence[int], vocab_size: 
     tokens = [*prompt, *output]
     entries = [_entry(token, position) for position, token in enumerate(tokens)]
     return sum(_logprobs(entries[:at], vocab_size)[tokens[at]] for at in range(len(prompt), len(tokens)))
+
+
+def reference_prompt_logprobs(prompt: Sequence[int], vocab_size: int) -> list[list[float]]:
+    """For every prompt token but the first, the log probabilities of all tokens there."""
+    entries = [_entry(token, position) for position, token in enumerate(prompt)]
+    return [_logprobs(entries[:at], vocab_size) for at in range(1, len(prompt))]
 
 
 class _Done:
@@ -170,6 +185,7 @@ class FakeExecutor:
         ids: dict[int, int] = {}
         entries: list[int] = []
         contexts: list[list[int]] = []
+        prefixes: list[list[int]] = []  # what each token of the step sees
         for row in range(header.num_real_rows):
             seq_len = int(buffer[layout.seq_lens + row])
             table_at = layout.block_tables + row * header.table_width
@@ -189,6 +205,7 @@ class FakeExecutor:
             at = layout.sampling + row * len(SamplingColumn)
             ids[row] = _draw(entries, buffer[at : at + len(SamplingColumn)].tolist(), self._vocab_size)
             contexts.append(entries)
+            prefixes += [entries[: seq_len - n] for n in reversed(range(starts[row + 1] - starts[row]))]
         self._last_ids = ids
         self.num_rows.append(header.num_real_rows)
         self.num_tokens.append(header.num_real_tokens)
@@ -197,10 +214,21 @@ class FakeExecutor:
             ids = dict.fromkeys(ids, -1)
         drawn = [ids[row] for row in range(header.num_real_rows)]
         token_ids = np.array(drawn[1:] if plan.step_id in self.short_steps else drawn, dtype=np.int32)
+        of_prompts = None
+        if header.num_prompt_targets:
+            begin, count = header.prompt_sources_offset, header.num_prompt_targets
+            sources, targets = buffer[begin : begin + 2 * count].reshape(2, count).tolist()
+            of_prompts = self._find_logprobs([prefixes[i] for i in sources], targets, header.max_prompt_logprobs)
         if header.max_logprobs < 0:
-            return StepResult(token_ids)
+            return StepResult(token_ids, prompt_logprobs=of_prompts)
+        found = self._find_logprobs(contexts, drawn, header.max_logprobs)
+        return StepResult(
+            token_ids, found.chosen_logprobs, found.chosen_ranks, found.top_logprobs, found.top_token_ids, of_prompts
+        )
+
+    def _find_logprobs(self, contexts: list[list[int]], chosen_ids: list[int], num_top: int) -> LogprobArrays:
         logprobs = np.array([_logprobs(context, self._vocab_size) for context in contexts], np.float32)
-        chosen = logprobs[np.arange(len(drawn)), drawn]
+        chosen = logprobs[np.arange(len(chosen_ids)), chosen_ids]
         ranks = (logprobs > chosen[:, None]).sum(axis=1, dtype=np.int32) + np.int32(1)
-        top = np.argsort(-logprobs, axis=1, kind="stable")[:, : header.max_logprobs].astype(np.int32)
-        return StepResult(token_ids, chosen, ranks, np.take_along_axis(logprobs, top.astype(np.int64), axis=1), top)
+        top = np.argsort(-logprobs, axis=1, kind="stable")[:, :num_top].astype(np.int32)
+        return LogprobArrays(chosen, ranks, np.take_along_axis(logprobs, top.astype(np.int64), axis=1), top)
