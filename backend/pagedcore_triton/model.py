@@ -36,7 +36,7 @@ from pagedcore_triton.requests import (
 )
 from pagedcore_triton.responses import ErrorCode, ResponseStream, error_of
 from pagedcore_triton.senders import SenderPool
-from pagedcore_triton.sequence_output import SequenceOutput
+from pagedcore_triton.sequence_output import PromptOutput, SequenceOutput
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,7 @@ class TritonPythonModel:
             stream=generate.stream,
             has_stop_strings=bool(params.stop),
             num_input_tokens=len(prompt_token_ids),
+            prompt=self._prompt_output(generate, prompt_token_ids),
         )
         self._senders.add(stream)
         try:
@@ -215,6 +216,11 @@ class TritonPythonModel:
             )
             for _ in range(params.n)
         ]
+
+    def _prompt_output(self, generate: GenerateRequest, prompt_token_ids: list[int]) -> PromptOutput | None:
+        if not generate.wants_prompt_logprobs:
+            return None
+        return PromptOutput(prompt_token_ids, self._tokenizer if generate.sampling_params.detokenize else None)
 
     def _output_text(self, params: SamplingParams, prompt: PromptEnd) -> OutputText:
         return OutputText(

@@ -32,10 +32,15 @@ class SequenceDelta:
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What one response tells: of each of the request's n sequences, in the order of their indices."""
+    """What one response tells: of each of the request's n sequences, in the order of their indices, and of the prompt.
+
+    `prompt_logprobs` is JSON: a list with null for the first token, then an object as in `SequenceDelta.logprobs` per token;
+    null in all responses but the first one.
+    """
 
     sequences: Sequence[SequenceDelta]
     num_input_tokens: int = 0
+    prompt_logprobs: str = "null"
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ INPUTS = (
     InputTensor("return_num_input_tokens", "TYPE_BOOL"),
     InputTensor("return_num_output_tokens", "TYPE_BOOL"),
     InputTensor("return_token_ids", "TYPE_BOOL"),
+    InputTensor("return_prompt_logprobs", "TYPE_BOOL"),
     InputTensor("embedding_request", "TYPE_STRING"),
 )
 OUTPUTS = (
@@ -126,6 +132,13 @@ OUTPUTS = (
         lambda delta: np.array([len(s.token_ids) for s in delta.sequences], dtype=np.uint32),
     ),
     OutputTensor("token_ids", "TYPE_STRING", (-1,), "return_token_ids", _token_ids),
+    OutputTensor(
+        "prompt_logprobs",
+        "TYPE_STRING",
+        (1,),
+        "return_prompt_logprobs",
+        lambda delta: _texts([delta.prompt_logprobs]),
+    ),
 )
 
 

@@ -48,7 +48,8 @@ class GenerateRequest:
     """A parsed request.
 
     `echo`: the one response begins with the prompt. `outputs`: the tensors of its responses. `sampling_params` are the
-    engine's: they ask for log probabilities where an output needs them. `wants_logprobs`: the client asked for those.
+    engine's: they ask for log probabilities where an output needs them. `wants_logprobs`, `wants_prompt_logprobs`: the client
+    asked for those, and for the outputs that tell them.
     `cache_salt` keeps the prompt's entries in the prefix cache apart from those of every other salt.
     """
 
@@ -58,6 +59,7 @@ class GenerateRequest:
     outputs: tuple[OutputTensor, ...]
     sampling_params: SamplingParams
     wants_logprobs: bool
+    wants_prompt_logprobs: bool
     cache_salt: str = ""
 
 
@@ -102,7 +104,16 @@ def parse_request(
     wants_logprobs = "logprobs" in names and params.logprobs is not None
     if "cumulative_logprob" in names and params.logprobs is None and not params.ranks_outputs:
         params = dataclasses.replace(params, logprobs=0)
-    return GenerateRequest(prompt, stream, not exclude_input, outputs, params, wants_logprobs, cache_salt)
+    return GenerateRequest(
+        prompt,
+        stream,
+        echo=not exclude_input,
+        outputs=outputs,
+        sampling_params=params,
+        wants_logprobs=wants_logprobs,
+        wants_prompt_logprobs="prompt_logprobs" in names and params.prompt_logprobs is not None,
+        cache_salt=cache_salt,
+    )
 
 
 def parse_timeout(parameters: str) -> int:

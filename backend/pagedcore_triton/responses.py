@@ -21,7 +21,7 @@ from pagedcore.errors import (
 )
 from pagedcore_triton.protocol import OutputDelta
 from pagedcore_triton.requests import LoraDisabledError
-from pagedcore_triton.sequence_output import SequenceOutput
+from pagedcore_triton.sequence_output import PromptOutput, SequenceOutput
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,9 @@ class ResponseStream:
         stream: bool,
         has_stop_strings: bool = False,
         num_input_tokens: int = 0,
+        prompt: PromptOutput | None = None,
     ) -> None:
-        """`has_stop_strings`: the text may end before the engine knows."""
+        """`has_stop_strings`: the text may end before the engine knows. `prompt`: where there is something to tell of it."""
         self.request_id = request_id
         self.lane: SendingLane | None = None
         self.started = False  # the first response has been sent
@@ -110,6 +111,7 @@ class ResponseStream:
         self._channel = channel
         self._sequences = sequences
         self._num_input_tokens = num_input_tokens
+        self._prompt = prompt
         self._stream = stream
         self._looks_at_every_token = stream or has_stop_strings
         self._pending: list[deque[TokenOutput]] = [deque() for _ in sequences]
@@ -132,6 +134,8 @@ class ResponseStream:
     def push(self, output: TokenOutput) -> None:
         """Take an output from the engine; returns at once."""
         assert self.lane is not None
+        if output.prompt_logprobs is not None and self._prompt is not None:
+            self._prompt.take(output.prompt_logprobs)
         with self._lining_up:
             if output.finish_reason is FinishReason.ERROR or output.finish_reason is FinishReason.ABORT:
                 self._failure = output
@@ -203,7 +207,9 @@ class ResponseStream:
             self._send(final)
 
     def _send(self, final: bool) -> None:
-        delta = OutputDelta([sequence.delta() for sequence in self._sequences], self._num_input_tokens)
+        prompt_logprobs = "null" if self._prompt is None else self._prompt.logprobs_json()
+        sequences = [sequence.delta() for sequence in self._sequences]
+        delta = OutputDelta(sequences, self._num_input_tokens, prompt_logprobs)
         self.started = True
         if not final:
             self._channel.send(delta, final=False)

@@ -1,11 +1,11 @@
-"""One output sequence of a request: from its tokens to what its responses tell."""
+"""One output sequence of a request, and its prompt: from tokens to what the responses tell."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from pagedcore.engine.logprobs import TokenLogprobs
+from pagedcore.engine.logprobs import PromptLogprobs, TokenLogprobs
 from pagedcore.engine.outputs import TokenOutput
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.output_text import OutputText
@@ -84,16 +84,52 @@ class SequenceOutput:
         return delta
 
     def _logprobs_json(self) -> str:
-        """A list with an object per token: the drawn one first, then the most likely ones, each under its id."""
-        positions = []
-        for token_id, entry in zip(self._new_token_ids, self._new_logprobs, strict=True):
-            position = {token_id: self._logprob(token_id, entry.logprob, entry.rank)}
-            for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
-                if other >= 0:  # fewer tokens have a finite probability than were asked for
-                    position.setdefault(other, self._logprob(other, logprob, rank))
-            positions.append(position)
-        return json.dumps(positions)
+        tokenizer = None if self._text is None else self._tokenizer
+        entries = zip(self._new_token_ids, self._new_logprobs, strict=True)
+        return _json_list(_position_json(token_id, entry, tokenizer) for token_id, entry in entries)
 
-    def _logprob(self, token_id: int, logprob: float, rank: int) -> dict[str, float | int | str | None]:
-        decoded = None if self._text is None else self._tokenizer.token_text(token_id)
+
+class PromptOutput:
+    """What the first response tells of a prompt whose log probabilities were asked for.
+
+    `take` belongs to the engine thread, `logprobs_json` to the thread that sends.
+    """
+
+    def __init__(self, token_ids: Sequence[int], tokenizer: Tokenizer | None) -> None:
+        """`tokenizer`: None where tokens are to be told without their texts."""
+        self._token_ids = token_ids
+        self._tokenizer = tokenizer
+        self._logprobs: PromptLogprobs | None = None
+
+    def take(self, logprobs: PromptLogprobs) -> None:
+        """Keep what the engine has found; returns at once."""
+        self._logprobs = logprobs
+
+    def logprobs_json(self) -> str:
+        """What was taken, the first time; else null."""
+        taken, self._logprobs = self._logprobs, None
+        if taken is None:
+            return "null"
+        entries = zip(self._token_ids[1:], taken.positions(), strict=True)
+        return _json_list(["null", *(_position_json(token_id, entry, self._tokenizer) for token_id, entry in entries)])
+
+
+def _json_list(items: Iterable[str]) -> str:
+    return f"[{', '.join(items)}]"
+
+
+def _position_json(token_id: int, entry: TokenLogprobs, tokenizer: Tokenizer | None) -> str:
+    """An object: the token that is there first, then the most likely ones, each under its id.
+
+    Positions are encoded one by one, as the encoder would let no other thread run during a long prompt.
+    """
+
+    def fields(token_id: int, logprob: float, rank: int) -> dict[str, float | int | str | None]:
+        decoded = None if tokenizer is None else tokenizer.token_text(token_id)
         return {"logprob": logprob, "rank": rank, "decoded_token": decoded}
+
+    position = {token_id: fields(token_id, entry.logprob, entry.rank)}
+    for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
+        if other >= 0:  # fewer tokens have a finite probability than were asked for
+            position.setdefault(other, fields(other, logprob, rank))
+    return json.dumps(position)

@@ -147,7 +147,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beam_width": 4, "temperature": 0, "presence_penalty": 1}, r"presence_penalty must be 0 with beam search, got 1"),
     ({"beam_width": 4, "temperature": 0, "early_stopping": "maybe"}, r'true, false or "never", got \'maybe\''),
     ({"beam_width": 4, "temperature": 0, "length_penalty": 6}, r"length_penalty must be a number in \[-5, 5\], got 6"),
-    ({"prompt_logprobs": 0}, r"prompt_logprobs is not supported"),
+    ({"prompt_logprobs": -1}, r"prompt_logprobs must be an integer in \[0, max_logprobs\], got -1"),
+    ({"prompt_logprobs": True}, r"prompt_logprobs must be an integer in \[0, max_logprobs\], got True"),
+    (
+        {"beam_width": 4, "temperature": 0, "prompt_logprobs": 0},
+        r"prompt_logprobs must be None with beam search, got 0",
+    ),
     ({"priority": 2**31}, r"priority must be an integer in \[-2147483648, 2147483647\], got 2147483648"),
     ({"priority": 0.5}, r"priority must be an integer in .*, got 0.5"),
     ({"tenant": 7}, "tenant must be a text of at most 128 characters, got 7"),

@@ -13,11 +13,12 @@ _INTEGERS = {
     "max_tokens": (1, 2**31 - 1),
     "min_tokens": (0, 16),  # the default of max_tokens
     "logprobs": (0, 2**31 - 1),
+    "prompt_logprobs": (0, 2**31 - 1),
     "truncate_prompt_tokens": (-1, 2**31 - 1),
     "priority": (-(2**31), 2**31 - 1),
 }
 _NULLABLE = {"best_of", "seed", "max_tokens", "logprobs", "truncate_prompt_tokens", "beam_width", "stop", "bad_words"}
-_NULLABLE |= {"logit_bias", "allowed_token_ids", "stop_token_ids"}
+_NULLABLE |= {"logit_bias", "allowed_token_ids", "stop_token_ids", "prompt_logprobs"}
 _FLOATS = {
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),

@@ -63,6 +63,7 @@ _bodies = st.fixed_dictionaries(
         "temperature": mostly(st.floats(0, 2), leaves),
         "stop": mostly(texts, values),
         "return_logprobs": mostly(st.booleans(), leaves),
+        "return_prompt_logprobs": mostly(st.booleans(), leaves),
     },
 )
 http_bodies = mostly(encoded(_bodies).map(lambda text: text.encode(errors="replace")), st.binary(max_size=40))

@@ -15,7 +15,7 @@ FIELDS = sorted(field.name for field in dataclasses.fields(SamplingParams) if fi
 OTHER_KEYS = (
     "cache_salt",
     "lora_name",
-    "prompt_logprobs",
+    "prompt_logprob_start",
     "extra_args",
     "temprature",
     "",
@@ -23,7 +23,14 @@ OTHER_KEYS = (
     "\u0000",
     "n" * 300,
 )
-FLAGS = ("stream", "exclude_input_in_output", "return_finish_reason", "return_logprobs", "return_token_ids")
+FLAGS = (
+    "stream",
+    "exclude_input_in_output",
+    "return_finish_reason",
+    "return_logprobs",
+    "return_token_ids",
+    "return_prompt_logprobs",
+)
 
 # Where limits are, one step beside them, and what the types of JSON and Python make of numbers.
 NUMBERS: list[float] = [0, -0.0, 1, -1, 2, 3, 16, 17, 20, 21, 63, 64, 65, 100, 101, 49151, 49152]

@@ -155,6 +155,8 @@ BAD_INPUTS = {
     "n above the beams": sampling("[1, 2]", n=3, beam_width=2, temperature=0),
     "logprobs negative": sampling("[0, max_logprobs]", logprobs=-1),
     "logprobs above the limit": sampling("[0, 20]", logprobs=21),
+    "prompt_logprobs negative": sampling("[0, max_logprobs]", "got -1", prompt_logprobs=-1),
+    "prompt_logprobs above the limit": sampling("[0, 20]", "got 21", prompt_logprobs=21),
     "stop a number": sampling("text or a list of texts", stop=3),
     "stop of numbers": sampling("texts of 1 to 1024 characters", "got 3", stop=[3]),
     "stop with an empty text": sampling("texts of 1 to 1024 characters", "got ''", stop=["x", ""]),
@@ -190,7 +192,7 @@ BAD_INPUTS = {
     "ignore_eos a number": sampling("true or false", ignore_eos=1),
     "early_stopping a word": sampling('true, false or "never"', early_stopping="soon", beam_width=2, temperature=0),
     "length_penalty without beams": sampling("needs use_beam_search", "got 2.0", length_penalty=2),
-    "prompt_logprobs": sampling("must be left out", prompt_logprobs=1),
+    "prompt_logprobs with beams": sampling("must be None", "got 1", prompt_logprobs=1, beam_width=2, temperature=0),
     "structured_outputs": sampling("must be left out", structured_outputs="{}"),
     "lora_name": sampling("not enabled", "LoRA", field="LoRA feature", lora_name="doll"),
 }
