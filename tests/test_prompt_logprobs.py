@@ -17,8 +17,8 @@ from tests.models import tiny
 NUM_TOP = 4
 MARGIN = 1e-4  # logits that are nearer to each other may change places
 LENGTHS = (1, 2, 47, 130, 64)
-WANTING = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "prompt_logprobs": NUM_TOP}
-POOL = {"block_size": 8, "num_gpu_blocks_override": 128}
+WANTING: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "prompt_logprobs": NUM_TOP}
+POOL: dict[str, Any] = {"block_size": 8, "num_gpu_blocks_override": 128}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_batched_tokens": 16},
     "eager, few rows": {"enforce_eager": True, "max_num_seqs": 2},

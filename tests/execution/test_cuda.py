@@ -136,6 +136,45 @@ def test_logprobs_are_as_near_as_transformers_own(variant: str, tmp_path: Path) 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "opt", "opt-350m"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 16}, {"max_num_seqs": 4}]
+)
+def test_prompt_logprobs_are_as_near_as_transformers_own(
+    variant: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """Captured, eager, and in chunks; some of the steps are of rows of one token each, which are graphs of another kind."""
+    reference = tiny.make(variant, tmp_path, **(OPT_SHAPE if variant.startswith("opt") else SHAPE))
+    settings: dict[str, Any] = {"max_num_seqs": 16, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 26}
+    llm = LLM(str(tmp_path), device="cuda", **(settings | arguments))
+    prompts = [*_prompts(12), *({"prompt_token_ids": [7 + i, 9, 11]} for i in range(4)), {"prompt_token_ids": [3] * 17}]
+    params = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=5, ignore_eos=True)
+    plain = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).cuda()
+    ours, theirs = [], []
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = prompt["prompt_token_ids"]
+        exact = reference(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        rounded = half(torch.tensor([ids]).cuda()).logits[0].double().log_softmax(-1).cpu()
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(ids)
+        assert output.prompt_logprobs[0] is None
+        for at, position in enumerate(output.prompt_logprobs[1:]):
+            assert position is not None and next(iter(position)) == ids[at + 1] and 5 <= len(position) <= 6
+            for token, entry in position.items():
+                ours.append(entry.logprob - float(exact[at, token]))
+                theirs.append(float(rounded[at, token] - exact[at, token]))
+    assert torch.tensor(ours).norm() <= 1.25 * torch.tensor(theirs).norm()
+    # What is drawn is what is drawn without them, but where a rounding decides a near tie.
+    same = [
+        a.outputs[0].token_ids == tokens
+        for a, tokens in zip(outputs, _generate(llm, prompts, [plain] * 17), strict=True)
+    ]
+    llm.shutdown()
+    assert sum(same) >= 14, same
+
+
+@pytest.mark.gpu
 def test_the_default_model_answers_as_on_the_cpu() -> None:
     """In float32 there; where float16 says another token, it was nearly as likely."""
     questions = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in QUESTIONS]

@@ -51,6 +51,17 @@ class Judge:
         torch.set_num_threads(threads)
         return Continuation(prompt_ids, output, [self.tokenizer.decode([i]) for i in output], logprobs)
 
+    def prompt_logprobs(self, prompt: str) -> Continuation:
+        """The prompt itself behind its first token: what was expected at each of its tokens."""
+        prompt_ids: list[int] = self.tokenizer(prompt).input_ids
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            rows = self._model(torch.tensor([prompt_ids])).logits[0, :-1].float().log_softmax(-1).tolist()
+        torch.set_num_threads(threads)
+        pieces = [self.tokenizer.decode([i]) for i in prompt_ids[1:]]
+        return Continuation(prompt_ids[:1], prompt_ids[1:], pieces, rows)
+
     def beams(self, prompt: str, beam_width: int, num_outputs: int, num_tokens: int) -> list[str]:
         """The texts that beam search finds, best first."""
         inputs = self.tokenizer(prompt, return_tensors="pt")

@@ -6,12 +6,13 @@ import itertools
 import json
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from pagedcore.serve.triton_server import TritonServer
-from tests.triton.clients import MODEL, TIMEOUT, Response, generate, responses_of
+from tests.triton.clients import MODEL, TIMEOUT, Response, generate, metric, responses_of
 from tests.triton.judge import Continuation, Judge
 
 PROMPT = "The capital of France is"
@@ -40,7 +41,7 @@ def test_the_model_declares_the_whole_contract(server: TritonServer) -> None:
     text, flag = ("TYPE_STRING", [1], True), ("TYPE_BOOL", [1], True)
     assert inputs == {
         **dict.fromkeys(("text_input", "messages", "sampling_parameters", "embedding_request"), text),
-        **dict.fromkeys(("stream", "exclude_input_in_output", *EVERYTHING), flag),
+        **dict.fromkeys(("stream", "exclude_input_in_output", *EVERYTHING, "return_prompt_logprobs"), flag),
         "image": ("TYPE_STRING", [-1], True),
         "input_ids": ("TYPE_INT32", [-1], True),
     }
@@ -49,6 +50,7 @@ def test_the_model_declares_the_whole_contract(server: TritonServer) -> None:
         "cumulative_logprob": ("TYPE_FP32", [-1]),
         "num_input_tokens": ("TYPE_UINT32", [1]),
         "num_output_tokens": ("TYPE_UINT32", [-1]),
+        "prompt_logprobs": ("TYPE_STRING", [1]),
     }
     assert config["model_transaction_policy"]["decoupled"] is True
     assert config["max_batch_size"] == 0
@@ -109,6 +111,91 @@ def test_a_drawn_token_has_its_rank_and_the_most_likely_ones_follow(server: Trit
     assert all(len(position) == 3 for position in positions if next(iter(position.values()))["rank"] > 2)
     assert any(next(iter(position.values()))["rank"] > 2 for position in positions)
     assert all(sorted(entry["rank"] for entry in position.values())[:2] == [1, 2] for position in positions)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("sampling", [{}, {"n": 3, "temperature": 1.0, "seed": 1}, {"stop": ["no such text"]}])
+def test_log_probabilities_of_the_prompt(
+    server: TritonServer, judge: Judge, stream: bool, sampling: dict[str, Any]
+) -> None:
+    """In the first response, whether or not the prefix cache knows the prompt; in the others there is null."""
+    expected = judge.prompt_logprobs(PROMPT)
+    for number in (0, 3, None):
+        params = sampling | {"prompt_logprobs": number}
+        responses = ask(server, stream=stream, sampling=params, return_prompt_logprobs=True)
+        assert len(responses) == (NUM_TOKENS if stream else 1)
+        assert all(response.types["prompt_logprobs"] == ("BYTES", [1]) for response in responses)
+        first, *others = [json.loads(response.values["prompt_logprobs"][0]) for response in responses]
+        assert not any(others)
+        if number is None:
+            assert first is None
+            continue
+        check_prompt(first, expected, number)
+
+
+def check_prompt(positions: list[Any], expected: Continuation, num_top: int) -> None:
+    """The prompt's own token first, then the most likely ones. No two logits of this prompt's lie within the tolerance."""
+    assert positions[0] is None and len(positions) == 1 + len(expected.token_ids)
+    for position, token_id, piece, row in zip(
+        positions[1:], expected.token_ids, expected.pieces, expected.logprobs, strict=True
+    ):
+        order = sorted(range(len(row)), key=lambda token: -row[token])
+        assert list(position) == [str(token) for token in dict.fromkeys([token_id, *order[:num_top]])]
+        for token, entry in position.items():
+            assert entry["rank"] == 1 + sum(value > row[int(token)] for value in row)
+            assert entry["logprob"] == pytest.approx(row[int(token)], abs=1e-4)
+        assert position[str(token_id)]["decoded_token"] == piece
+
+
+def test_a_prompts_log_probabilities_need_parameter_and_flag(server: TritonServer) -> None:
+    """Either alone changes no response of a client that knows only vllm_backend's outputs."""
+    (flagless,) = ask(server, stream=False, sampling={"prompt_logprobs": 1})
+    assert set(flagless.values) == {"text_output"}
+    (numberless,) = ask(server, stream=False, return_prompt_logprobs=True)
+    assert numberless.values["prompt_logprobs"] == ["null"]
+    (best, *_) = ask(
+        server,
+        stream=True,
+        sampling={"prompt_logprobs": 0, "n": 1, "best_of": 2, "temperature": 1.0, "detokenize": False},
+        return_prompt_logprobs=True,
+    )
+    positions = json.loads(best.values["prompt_logprobs"][0])
+    assert [entry["decoded_token"] for position in positions[1:] for entry in position.values()] == [None] * (
+        len(positions) - 1
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities_of_the_prompt_over_http(server: TritonServer, judge: Judge, stream: bool) -> None:
+    params = {"temperature": 0, "max_tokens": 3, "ignore_eos": True, "prompt_logprobs": 2}
+    body = {"text_input": PROMPT, "stream": stream, "sampling_parameters": json.dumps(params)}
+    body["return_prompt_logprobs"] = True
+    url = f"http://{server.http_url}/v2/models/{MODEL}/generate{'_stream' if stream else ''}"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=TIMEOUT) as response:
+        content = response.read().decode()
+    events = [json.loads(line.removeprefix("data: ")) for line in content.splitlines() if line]
+    assert [event["prompt_logprobs"] for event in events[1:]] == ["null"] * (2 if stream else 0)
+    check_prompt(json.loads(events[0]["prompt_logprobs"]), judge.prompt_logprobs(PROMPT), 2)
+
+
+def test_a_prompt_in_chunks_beside_others_has_the_same_log_probabilities(
+    server: TritonServer, small_server: TritonServer
+) -> None:
+    """Of 32 tokens a step, in a pool where requests are preempted, from several clients at once."""
+    inputs = {
+        "text_input": "Of all the ships that ever left this harbour, " * 25,
+        "sampling_parameters": json.dumps(
+            {"temperature": 0, "max_tokens": 150, "ignore_eos": True, "prompt_logprobs": 2}
+        ),
+        "return_prompt_logprobs": True,
+    }
+    (whole,) = responses_of(server.grpc_url, inputs)
+    preempted = metric(small_server.metrics_url, "vllm:num_preemptions_total")
+    with ThreadPoolExecutor(4) as clients:
+        found = list(clients.map(lambda _: responses_of(small_server.grpc_url, inputs), range(4)))
+    assert metric(small_server.metrics_url, "vllm:num_preemptions_total") > preempted
+    assert len(json.loads(whole.values["prompt_logprobs"][0])) > 200
+    assert [response.values["prompt_logprobs"] for (response,) in found] == [whole.values["prompt_logprobs"]] * 4
 
 
 @pytest.mark.parametrize("stream", [True, False])

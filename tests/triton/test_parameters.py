@@ -171,6 +171,7 @@ def test_what_genai_perf_sends_is_taken(server: TritonServer) -> None:
 def test_parameters_of_vllm_that_ask_for_nothing_are_taken(server: TritonServer, plain: Continuation) -> None:
     sampling = {
         "prompt_logprobs": None,
+        "prompt_logprob_start": None,
         "flat_logprobs": False,
         "structured_outputs": None,
         "best_of": None,
