@@ -21,6 +21,7 @@ WANTING: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": Tru
 POOL: dict[str, Any] = {"block_size": 8, "num_gpu_blocks_override": 128}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_batched_tokens": 16},
+    "a token a step": {"max_num_batched_tokens": 1, "max_num_seqs": 1},
     "eager, few rows": {"enforce_eager": True, "max_num_seqs": 2},
     "recomputed": {"num_gpu_blocks_override": 34, "max_num_batched_tokens": 16},
     "swapped": {"num_gpu_blocks_override": 34, "swap_space": 0.1, "preemption_mode": "swap"},

@@ -138,12 +138,13 @@ def test_logprobs_are_as_near_as_transformers_own(variant: str, tmp_path: Path) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "opt", "opt-350m"])
 @pytest.mark.parametrize(
-    "arguments", [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 16}, {"max_num_seqs": 4}]
+    "arguments",
+    [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 16}, {"max_num_batched_tokens": 1, "max_num_seqs": 1}],
 )
 def test_prompt_logprobs_are_as_near_as_transformers_own(
     variant: str, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Captured, eager, and in chunks; some of the steps are of rows of one token each, which are graphs of another kind."""
+    """Captured, eager, and in chunks; or in steps of one token, as decode steps are."""
     reference = tiny.make(variant, tmp_path, **(OPT_SHAPE if variant.startswith("opt") else SHAPE))
     settings: dict[str, Any] = {"max_num_seqs": 16, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 26}
     llm = LLM(str(tmp_path), device="cuda", **(settings | arguments))
