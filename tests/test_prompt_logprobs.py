@@ -66,6 +66,20 @@ def check(model: Any, token_ids: list[int], found: Positions | None) -> int:
     return num_exact
 
 
+def test_what_is_drawn_is_what_is_drawn_without_them(folder: Path) -> None:
+    """The logits that the draws are from lie where those of the prompts are computed, too."""
+    llm = make_llm(folder)
+    tokens = []
+    for number in (None, NUM_TOP):
+        params = SamplingParams(
+            **(WANTING | {"prompt_logprobs": number, "logprobs": 1, "n": 2, "temperature": 0.7, "seed": 5})
+        )
+        outputs = llm.generate(prompts(), params, use_tqdm=False)
+        tokens.append([[(one.token_ids, one.logprobs) for one in output.outputs] for output in outputs])
+    llm.shutdown()
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("variant", ["llama", "qwen3-tied-biases", "opt", "opt-350m"])
 def test_they_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     model = tiny.make(variant, tmp_path)

@@ -171,6 +171,24 @@ def test_failed_steps_leave_no_wrong_values_behind(first: int) -> None:
         check(listener, requests)
 
 
+@pytest.mark.parametrize("one_step_ahead", [False, True])
+def test_a_prompt_fails_where_its_logits_are_not_finite(one_step_ahead: bool) -> None:
+    """At once, not when it has been computed to its end; the requests beside it go on."""
+    engine, executor, blocks = make_engine(num_blocks=100, max_num_batched_tokens=8, one_step_ahead=one_step_ahead)
+    executor.broken_prompts = {1}
+    listener = Listener(engine, blocks)
+    bad = Request("bad", list(range(60)), SamplingParams(max_tokens=1, prompt_logprobs=1))
+    good = Request("good", list(range(40)), SamplingParams(max_tokens=1, prompt_logprobs=1))
+    for request in (bad, good):
+        engine.add_request(request)
+    while engine.has_work() and not listener.failed:
+        listener.step()
+    assert engine.stats().steps_total == (3 if one_step_ahead else 2)
+    listener.to_the_end()
+    assert listener.failed == {"bad"} and set(listener.told) == {"good"}
+    check(listener, [good])
+
+
 def test_a_prompt_is_computed_although_it_is_cached_and_serves_others_then() -> None:
     prompt = list(range(40))
     engine, executor, blocks = make_engine(num_blocks=200, max_num_batched_tokens=64)

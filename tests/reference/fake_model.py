@@ -103,9 +103,9 @@ class FakeExecutor:
     """Reads every slot of a row's context back through its block table; unwritten slots hold poison.
 
     Work is done in `wait`, as late as possible, so that a plan made one step ahead cannot peek at drawn tokens.
-    `fail_steps`: step ids whose wait() raises. `broken_steps`: ids of steps that report logits that are not finite.
-    `short_steps`: ids of steps whose result lacks rows. `hang`: steps wait for it, from the one
-    with the id `hang_from` on; `hangs` is set when one does.
+    `fail_steps`: step ids whose wait() raises. `broken_steps`: ids of steps that report logits that are not finite;
+    `broken_prompts`, only of the prompt tokens whose log probabilities they find. `short_steps`: ids of steps whose result
+    lacks rows. `hang`: steps wait for it, from the one with the id `hang_from` on; `hangs` is set when one does.
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class FakeExecutor:
         self.step_sizes = NO_PADDING
         self.fail_steps: set[int] = set()
         self.broken_steps: set[int] = set()
+        self.broken_prompts: set[int] = set()
         self.short_steps: set[int] = set()
         self.hang: threading.Event | None = None
         self.hang_from = 0
@@ -219,6 +220,8 @@ class FakeExecutor:
             begin, count = header.prompt_sources_offset, header.num_prompt_targets
             sources, targets = buffer[begin : begin + 2 * count].reshape(2, count).tolist()
             of_prompts = self._find_logprobs([prefixes[i] for i in sources], targets, header.max_prompt_logprobs)
+            if plan.step_id in self.broken_prompts:
+                of_prompts.chosen_logprobs[:] = np.nan
         if header.max_logprobs < 0:
             return StepResult(token_ids, prompt_logprobs=of_prompts)
         found = self._find_logprobs(contexts, drawn, header.max_logprobs)
