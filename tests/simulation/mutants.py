@@ -40,8 +40,8 @@ PYTHON_MUTANTS = (
     Mutant(
         "a cached prompt leaves no token to compute",
         "engine/admission.py",
-        "num_tokens - 1, seq.request.cache_salt",
-        "num_tokens, seq.request.cache_salt",
+        "min(num_tokens - 1, group.num_cacheable_tokens)",
+        "min(num_tokens, group.num_cacheable_tokens)",
     ),
     Mutant(
         "cached tokens are computed from the wrong place on",
@@ -213,7 +213,7 @@ PYTHON_MUTANTS = (
         "token_ids[:length] == prefix.token_ids",
         "True",
     ),
-    Mutant("salted requests use pinned prefixes", "engine/pinned_prefixes.py", "if cache_salt:", "if False:"),
+    Mutant("salted requests use pinned prefixes", "engine/pinned_prefixes.py", "if request.cache_salt or", "if"),
     Mutant(
         "the last to come is the first to be admitted",
         "engine/fair_queue.py",
