@@ -22,7 +22,8 @@ class TokenOutput:
     `stop_reason` is the stop token id that ended the sequence, when that is not the end-of-sequence token.
     `logprobs` has one entry per token, when the request asked for them. `cumulative_logprob`, in the last message of a
     sequence, is the sum over all its tokens, where it is known: then, and where outputs are ranked.
-    `prompt_logprobs` is in the first message of a request that asked for them, whichever sequence that is of.
+    `prompt_logprobs` is in the first message of a request that asked for them, whichever sequence that is of; not where the
+    request was ended before its prompt had been computed.
     `error` is set exactly when the reason is ERROR.
     """
 

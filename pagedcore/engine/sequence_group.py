@@ -114,9 +114,8 @@ class SequenceGroup:
         self.prompt_logprobs: PromptLogprobs | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = PromptLogprobs(first.num_prompt_tokens, params.prompt_logprobs)
-        self.is_plain = (
-            self.num_logprobs < 0 and self.prompt_logprobs is None
-        )  # a token is all there is to say about a step
+        # Whether a token is all there is to say about a step.
+        self.is_plain = self.num_logprobs < 0 and self.prompt_logprobs is None
         self.num_cached_tokens = 0
         self.num_swapped_blocks = 0  # when it was last swapped out
         self.num_ended_tokens = 0
@@ -144,10 +143,10 @@ class SequenceGroup:
         return self.prompt_logprobs.num_known - 1
 
     def tell_prompt_logprobs(self) -> PromptLogprobs | None:
-        """What is to be told with the first output, once."""
+        """What is to be told with the first output, once: None where the prompt was not computed to its end."""
         told, self.prompt_logprobs = self.prompt_logprobs, None
         self.is_plain = self.num_logprobs < 0
-        return told
+        return told if told is not None and told.is_complete else None
 
     def begin(self) -> Sequence:
         """Set out to compute everything from the first token on; returns the sequence that gets blocks now."""

@@ -151,14 +151,12 @@ class StepResults:
             outputs = self._final_outputs(seq, [token], logprobs)
         elif not group.ranks_outputs:
             outputs = [TokenOutput(group.request_id, seq.index, [token], logprobs=logprobs or None)]
-        if outputs and group.prompt_logprobs is not None:
-            outputs[0].prompt_logprobs = group.tell_prompt_logprobs()
-        return outputs
+        return _with_prompt_logprobs(group, outputs)
 
     def end_sequence(self, sequence: Sequence) -> list[TokenOutput]:
         """End one unfinished sequence of a group, with the reason STOP."""
         self._groups.end_sequence(sequence, FinishReason.STOP)
-        return self._final_outputs(sequence, [], [])
+        return _with_prompt_logprobs(sequence.group, self._final_outputs(sequence, [], []))
 
     def _final_outputs(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenOutput]:
         """The last message of a sequence that has ended, with these new tokens; of ranked outputs, all messages at the end."""
@@ -193,6 +191,13 @@ class StepResults:
         for group in plan.swapped:
             if _concerns(plan, group):
                 self._groups.restart(group)
+
+
+def _with_prompt_logprobs(group: SequenceGroup, outputs: list[TokenOutput]) -> list[TokenOutput]:
+    """Outputs of a group, the first of which tells what is to be told of its prompt."""
+    if outputs and group.prompt_logprobs is not None:
+        outputs[0].prompt_logprobs = group.tell_prompt_logprobs()
+    return outputs
 
 
 def _has_computed(group: SequenceGroup, step_id: int) -> bool:

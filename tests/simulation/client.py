@@ -11,7 +11,7 @@ from pagedcore.engine.request import Request
 from pagedcore.engine.sequence import FinishReason
 from pagedcore.errors import DeadlineError, EngineDeadError, NonFiniteLogitsError
 from tests.simulation.failure import require
-from tests.simulation.reference import Answer, answers, best_answers
+from tests.simulation.reference import Answer, answers, best_answers, prompt_logprobs
 from tests.simulation.simulated_executor import PlannedFailureError
 
 
@@ -93,6 +93,7 @@ class Client:
         require(output.index not in self._ended, f"{name}: sequence {output.index} is told something after its end")
         if output.num_cached_tokens > 0:
             require(self._shares_prefixes(self.request), f"{name} used what others keep to themselves")
+        self._check_prompt(output, is_first=self._answers is None)
         if self._answers is None:
             self._answers = answers(self.request, self._max_model_len)
         if self.request.sampling_params.ranks_outputs:
@@ -104,6 +105,18 @@ class Client:
         if output.request_finished:
             self.finish_reason = reason
             require(len(self._ended) == self.request.sampling_params.n, f"{name} was not told how all sequences end")
+
+    def _check_prompt(self, output: TokenOutput, *, is_first: bool) -> None:
+        """The first output, and no other, says how likely the prompt was, if the request wants to know."""
+        name, wanted = self.request.request_id, self.request.sampling_params.prompt_logprobs
+        told = output.prompt_logprobs
+        may_lack = bool(self._stopped) and not output.token_ids  # it was ended before its prompt had been computed
+        is_due = is_first and wanted is not None
+        require((told is not None) == is_due or (told is None and may_lack), f"{name}: log probabilities of the prompt")
+        if told is not None:
+            assert wanted is not None
+            expected = prompt_logprobs(self.request.prompt_token_ids, wanted)
+            require(told.positions() == expected, f"{name}: wrong log probabilities of the prompt")
 
     def _check_early_end(self, output: TokenOutput) -> None:
         """An abort or an error needs a cause."""

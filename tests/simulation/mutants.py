@@ -257,5 +257,41 @@ PYTHON_MUTANTS = (
         "self._sinks.pop if output.request_finished else self._sinks.get",
         "self._sinks.get",
     ),
+    Mutant(
+        "a cached prompt is not asked how likely it was",
+        "engine/admission.py",
+        "min(num_tokens - 1, group.num_cacheable_tokens)",
+        "num_tokens - 1",
+    ),
+    Mutant(
+        "a pinned prefix is not asked how likely it was",
+        "engine/pinned_prefixes.py",
+        "if request.cache_salt or request.sampling_params.prompt_logprobs is not None:",
+        "if request.cache_salt:",
+    ),
+    Mutant(
+        "a prompt token is said to be as likely as the one behind it",
+        "engine/step_packer.py",
+        "sources += range(index + begin - 1 - start, index + end - 1 - start)",
+        "sources += range(index + begin - start, index + end - start)",
+    ),
+    Mutant(
+        "what a step that is taken back says of a prompt counts",
+        "engine/step_results.py",
+        "wanted = group.prompt_logprobs if _concerns(plan, group) else None",
+        "wanted = group.prompt_logprobs",
+    ),
+    Mutant(
+        "prompts go on whose logits are bad",
+        "engine/logprobs.py",
+        "if not np.isfinite(arrays.chosen_logprobs[source]).all():",
+        "if not np.isfinite(arrays.chosen_logprobs[source]).any():",
+    ),
+    Mutant(
+        "how likely the prompt was is told with every output",
+        "engine/sequence_group.py",
+        "told, self.prompt_logprobs = self.prompt_logprobs, None",
+        "told = self.prompt_logprobs",
+    ),
     Mutant("deadlines pass unnoticed", "engine/deadlines.py", "if at > self._clock():", "if at + 3 > self._clock():"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pagedcore.engine.logprobs import TokenLogprobs
 from pagedcore.engine.request import Request
 from pagedcore.engine.seeds import mix_seed
 from pagedcore.engine.sequence import FinishReason
@@ -50,6 +51,17 @@ def best_answers(request: Request, all_answers: list[Answer]) -> list[Answer]:
     if params.beam_width is None and params.ranks_outputs:
         all_answers = sorted(all_answers, key=lambda answer: -(answer.logprob or 0.0))
     return all_answers[: params.n]
+
+
+def prompt_logprobs(token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
+    """Of the second token of a prompt and of those behind it."""
+    positions = []
+    for at, token_id in enumerate(token_ids[1:], 1):
+        values = logprobs(context_after(token_ids[:at]))
+        top = most_likely(values, num_top)
+        rank = 1 + sum(value > values[token_id] for value in values)
+        positions.append(TokenLogprobs(values[token_id], rank, top, [values[other] for other in top]))
+    return positions
 
 
 def _seed(request: Request, index: int) -> int | None:

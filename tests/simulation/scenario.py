@@ -145,7 +145,7 @@ def make_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
     setup = _make_setup(rng)
     arrivals = _make_arrivals(rng, setup)
-    events: list[Event] = [*arrivals]
+    events: list[Event] = []
     for arrival in arrivals:
         chance = rng.random()
         at = arrival.at + rng.random() * rng.choice((2, 10, 25))
@@ -158,7 +158,9 @@ def make_scenario(seed: int) -> Scenario:
     if rng.random() < 0.03:
         events.append(Shutdown(rng.random() * 30))
     faults = _make_faults(rng)
-    return Scenario(seed, setup, (*events, *faults, *_make_stops_before_swaps(rng, arrivals)))
+    stops = _make_stops_before_swaps(rng, arrivals)
+    arrivals = [_asking_of_prompt(rng, arrival) for arrival in arrivals]
+    return Scenario(seed, setup, (*arrivals, *events, *faults, *stops))
 
 
 def _make_setup(rng: random.Random) -> Setup:
@@ -252,6 +254,19 @@ def _make_params(rng: random.Random, setup: Setup, priority: int) -> SamplingPar
         tenant=rng.choice(("", "", "b")),
         **own,
     )
+
+
+def _asking_of_prompt(rng: random.Random, arrival: Arrival) -> Arrival:
+    """An arrival that perhaps wants its prompt's log probabilities."""
+    wanted = rng.choice((None, None, None, 0, 2))
+    if wanted is None or arrival.params.use_beam_search:
+        return arrival
+    return replace(arrival, params=_with_prompt_logprobs(arrival.params, wanted))
+
+
+@lru_cache(maxsize=65536)
+def _with_prompt_logprobs(params: SamplingParams, wanted: int) -> SamplingParams:
+    return replace(params, prompt_logprobs=wanted)
 
 
 @lru_cache(maxsize=65536)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -10,7 +11,14 @@ from itertools import chain
 import numpy as np
 
 from pagedcore.engine.executor import KVCacheShape
-from pagedcore.engine.step_plan import HEADER_SIZE, NUM_SAMPLING_COLUMNS, Int32Array, StepPlan, StepResult
+from pagedcore.engine.step_plan import (
+    HEADER_SIZE,
+    NUM_SAMPLING_COLUMNS,
+    Int32Array,
+    LogprobArrays,
+    StepPlan,
+    StepResult,
+)
 from tests.simulation import fake_model
 from tests.simulation.failure import require
 from tests.simulation.fake_model import POISON, ROOT
@@ -170,13 +178,14 @@ class SimulatedExecutor:
 
     def _carry_out(self, plan: StepPlan, fresh: list[int]) -> StepResult:
         data: list[int] = plan.buffer[: plan.used].tolist()
-        num_rows, num_real_rows, max_logprobs = data[1], data[4], data[11]
-        copies, outs, ins, end = _copy_sections(data)
+        num_rows, num_real_rows, max_logprobs, num_targets, num_prompt_top = (data[i] for i in (1, 4, 11, 14, 15))
+        copies, outs, ins, sources = _copy_sections(data)
+        targets = sources + num_targets
         sampling = copies - num_rows * NUM_SAMPLING_COLUMNS
         self._copy(data[outs:ins], self._device, self._host)
         for block in fresh:
             self._device[block][:] = [POISON] * self._setup.block_size
-        self._copy(data[ins:end], self._host, self._device)
+        self._copy(data[ins:sources], self._host, self._device)
         self._copy(data[copies:outs], self._device, self._device)
         contexts = self._compute(data)
         if self._num_left >= 0:
@@ -191,7 +200,15 @@ class SimulatedExecutor:
         modulus = self._faults.bad_rows.get(plan.step_id - self._first_step)
         told = ids if modulus is None else [-1 if row % modulus == 0 else drawn for row, drawn in enumerate(ids)]
         require(len(told) == num_real_rows, "a row has no context")
-        return _result(told, contexts, max_logprobs)
+        of_prompts = None
+        if num_targets:
+            tokens = data[sources:targets]
+            require(max(tokens) < data[3], "padding is to say how likely a prompt is")
+            prefixes = [self._context_at(data, token) for token in tokens]
+            of_prompts = _logprobs_of(prefixes, data[targets : targets + num_targets], num_prompt_top)
+            if modulus is not None:
+                of_prompts.chosen_logprobs[np.array(tokens) % modulus == 0] = np.nan
+        return _result(told, contexts, max_logprobs, of_prompts)
 
     def _compute(self, data: list[int]) -> list[int]:
         """Write the K/V of every token and read every row's context back; returns the contexts, row by row."""
@@ -228,6 +245,17 @@ class SimulatedExecutor:
         require(data[starts + num_real_rows] == num_real_tokens, "tokens belong to no row")
         return contexts
 
+    def _context_at(self, data: list[int], token: int) -> int:
+        """The context behind a token of the step that has just been computed."""
+        num_tokens, num_rows, width = data[:3]
+        starts = HEADER_SIZE + 3 * num_tokens
+        row = bisect_right(data, token, starts, starts + num_rows + 1) - 1 - starts
+        table = starts + 2 * num_rows + 1 + row * width
+        block_size = self._setup.block_size
+        positions = range(data[HEADER_SIZE + num_tokens + token] + 1)
+        entries = [self._device[data[table + p // block_size]][p % block_size] for p in positions]
+        return fake_model.context_of(entries)
+
     def _check_contents(self, table: list[int], token_ids: array[int], num_computed: int) -> None:
         """Tokens that are said to be computed have their K/V in the blocks that are said to hold it."""
         before, block_size = ROOT, self._setup.block_size
@@ -262,16 +290,24 @@ def _copy_sections(data: list[int]) -> tuple[int, int, int, int]:
     return copies, outs, ins, ins + 2 * num_ins
 
 
-def _result(token_ids: list[int], contexts: list[int], max_logprobs: int) -> StepResult:
+def _result(
+    token_ids: list[int], contexts: list[int], max_logprobs: int, of_prompts: LogprobArrays | None
+) -> StepResult:
     ids = np.array(token_ids, np.int32)
     if max_logprobs < 0:
-        return StepResult(ids)
-    values = [fake_model.logprobs(context) for context in contexts]
-    top = [fake_model.most_likely(row, max_logprobs) for row in values]
-    chosen = [row[token_id] for row, token_id in zip(values, token_ids, strict=True)]
-    shape = (len(token_ids), max_logprobs)
+        return StepResult(ids, prompt_logprobs=of_prompts)
+    drawn = _logprobs_of(contexts, token_ids, max_logprobs)
     return StepResult(
-        ids,
+        ids, drawn.chosen_logprobs, drawn.chosen_ranks, drawn.top_logprobs, drawn.top_token_ids, of_prompts
+    )
+
+
+def _logprobs_of(contexts: list[int], token_ids: list[int], num_top: int) -> LogprobArrays:
+    values = [fake_model.logprobs(context) for context in contexts]
+    top = [fake_model.most_likely(row, num_top) for row in values]
+    chosen = [row[token_id] for row, token_id in zip(values, token_ids, strict=True)]
+    shape = (len(token_ids), num_top)
+    return LogprobArrays(
         np.array(chosen, np.float32),
         np.array([sum(v > own for v in row) + 1 for row, own in zip(values, chosen, strict=True)], np.int32),
         np.array([[row[t] for t in ids] for row, ids in zip(values, top, strict=True)], np.float32).reshape(shape),
