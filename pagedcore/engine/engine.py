@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from pagedcore.engine.executor import Executor, PendingStep
+from pagedcore.engine.logprobs import MAX_PROMPT_LOGPROBS, most_prompt_logprobs
 from pagedcore.engine.outputs import EngineStats, TokenOutput
 from pagedcore.engine.request import Request
 from pagedcore.engine.sampling_params import SamplingParams
@@ -84,9 +85,7 @@ class Engine:
             raise RequestError(f"prompt_token_ids must be in [0, {limits.vocab_size - 1}], got {wrong}")
         bad_words = reachable_words(request.bad_words, limits.vocab_size)
         check_token_rules(params, bad_words, self._stop_token_ids(params), limits.vocab_size)
-        for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-            if value is not None and value > limits.max_logprobs:
-                raise RequestError(f"{name} must be in [0, {limits.max_logprobs}] (max_logprobs), got {value}")
+        self._check_logprobs(params, num_prompt_tokens)
         num_stops = len({*params.stop_token_ids, *(() if params.ignore_eos else limits.eos_token_ids)})
         if params.beam_width is not None and params.beam_width + num_stops > limits.vocab_size:
             raise RequestError(
@@ -98,6 +97,19 @@ class Engine:
             max_total_tokens = min(max_total_tokens, num_prompt_tokens + params.max_tokens)
         self.scheduler.check_fits(request, max_total_tokens)
         return max_total_tokens
+
+    def _check_logprobs(self, params: SamplingParams, num_prompt_tokens: int) -> None:
+        high = self.limits.max_logprobs
+        for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if value is not None and value > high:
+                raise RequestError(f"{name} must be in [0, {high}] (max_logprobs), got {value}")
+        most = most_prompt_logprobs(num_prompt_tokens)
+        if params.prompt_logprobs is not None and params.prompt_logprobs > most:
+            allowed = f"in [0, {most}]" if most >= 0 else "left out"
+            raise RequestError(
+                f"prompt_logprobs must be {allowed} with a prompt of {num_prompt_tokens} tokens (at most "
+                f"{MAX_PROMPT_LOGPROBS} log probabilities together), got {params.prompt_logprobs}"
+            )
 
     def add_request(self, request: Request) -> None:
         """Queue a request; raises RequestError if it can never be served or its id is in use."""

@@ -8,6 +8,8 @@ import numpy as np
 
 from pagedcore.engine.step_plan import LogprobArrays, StepResult
 
+MAX_PROMPT_LOGPROBS = 1 << 19  # of a prompt, all positions together: about 45 MB of JSON, which take a second to write
+
 
 class TokenLogprobs(NamedTuple):
     """Log probabilities at one position of prompt or output, of the model's unmodified distribution."""
@@ -45,7 +47,7 @@ class PromptLogprobs:
     """
 
     def __init__(self, num_prompt_tokens: int, num_top: int) -> None:
-        """`num_top`: how many of the most likely tokens are kept for each position."""
+        """`num_top`: how many of the most likely tokens are kept for each position; see `most_prompt_logprobs`."""
         count = num_prompt_tokens - 1
         self.num_tokens = num_prompt_tokens
         self.num_known = 1
@@ -86,3 +88,8 @@ class PromptLogprobs:
         return [
             TokenLogprobs(float(chosen), int(rank), ids.tolist(), top.tolist()) for chosen, rank, ids, top in columns
         ]
+
+
+def most_prompt_logprobs(num_prompt_tokens: int) -> int:
+    """The most `prompt_logprobs` that a request may ask for with a prompt of so many tokens; -1: none, not even 0."""
+    return MAX_PROMPT_LOGPROBS // num_prompt_tokens - 1

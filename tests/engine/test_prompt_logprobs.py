@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -238,3 +239,38 @@ def test_more_than_the_engine_allows_is_refused() -> None:
     engine, _, _ = make_engine()
     with pytest.raises(RequestError, match=r"^prompt_logprobs must be in \[0, 20\] \(max_logprobs\), got 21$"):
         engine.add_request(Request("a", [5], SamplingParams(prompt_logprobs=21)))
+
+
+def test_more_than_can_be_told_of_a_prompt_is_refused() -> None:
+    """2^19 log probabilities altogether: 20 beside each token of a prompt of 24,966, and 19 of one of 24,967."""
+    engine, _, _ = make_engine(num_blocks=200_000)
+    engine.limits = dataclasses.replace(engine.limits, max_model_len=700_000)
+    for num_tokens, most in ((24_966, 20), (24_967, 19), (2**18, 1), (2**19, 0)):
+        engine.check(Request("a", [5] * num_tokens, SamplingParams(prompt_logprobs=most)))
+    message = r"^prompt_logprobs must be in \[0, 19\] with a prompt of 24967 tokens \(at most 524288 log .*, got 20$"
+    with pytest.raises(RequestError, match=message):
+        engine.add_request(Request("a", [5] * 24_967, SamplingParams(prompt_logprobs=20)))
+    with pytest.raises(
+        RequestError, match=r"^prompt_logprobs must be left out with a prompt of 524289 tokens .*, got 0$"
+    ):
+        engine.add_request(Request("a", [5] * (2**19 + 1), SamplingParams(prompt_logprobs=0)))
+    assert not engine.has_work()
+
+
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_a_request_that_is_ended_from_outside_tells_what_is_known(best_of: int) -> None:
+    """With its first output, even where that is its last one; nothing, where its prompt is not computed."""
+    params = SamplingParams(n=1, best_of=best_of, temperature=1, max_tokens=50, prompt_logprobs=1)
+    request = Request("a", list(range(20)), params)
+    engine, _, blocks = make_engine(max_num_batched_tokens=10, one_step_ahead=False)
+    listener = Listener(engine, blocks)
+    engine.add_request(request)
+    for _ in range(4):
+        listener.step()
+    for index in range(best_of):
+        for output in engine.end_sequence("a", index):
+            listener.hear(output)
+    check(listener, [request])
+    engine.add_request(request)
+    engine.step()
+    assert [output.prompt_logprobs for output in engine.end_sequence("a", 0)] == ([None] if best_of == 1 else [])
