@@ -185,17 +185,17 @@ def test_a_prompt_in_chunks_beside_others_has_the_same_log_probabilities(
     inputs = {
         "text_input": "Of all the ships that ever left this harbour, " * 25,
         "sampling_parameters": json.dumps(
-            {"temperature": 0, "max_tokens": 150, "ignore_eos": True, "prompt_logprobs": 2}
+            {"temperature": 0, "max_tokens": 220, "ignore_eos": True, "prompt_logprobs": 2}
         ),
         "return_prompt_logprobs": True,
     }
     (whole,) = responses_of(server.grpc_url, inputs)
     preempted = metric(small_server.metrics_url, "vllm:num_preemptions_total")
-    with ThreadPoolExecutor(4) as clients:
-        found = list(clients.map(lambda _: responses_of(small_server.grpc_url, inputs), range(4)))
+    with ThreadPoolExecutor(3) as clients:  # as many as may wait at once
+        found = list(clients.map(lambda _: responses_of(small_server.grpc_url, inputs), range(3)))
     assert metric(small_server.metrics_url, "vllm:num_preemptions_total") > preempted
     assert len(json.loads(whole.values["prompt_logprobs"][0])) > 200
-    assert [response.values["prompt_logprobs"] for (response,) in found] == [whole.values["prompt_logprobs"]] * 4
+    assert [response.values["prompt_logprobs"] for (response,) in found] == [whole.values["prompt_logprobs"]] * 3
 
 
 @pytest.mark.parametrize("stream", [True, False])
