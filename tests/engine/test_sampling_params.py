@@ -151,7 +151,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt_logprobs": True}, r"prompt_logprobs must be an integer in \[0, max_logprobs\], got True"),
     (
         {"beam_width": 4, "temperature": 0, "prompt_logprobs": 0},
-        r"prompt_logprobs must be None with beam search, got 0",
+        r"prompt_logprobs must be null or left out with beam search, got 0",
     ),
     ({"priority": 2**31}, r"priority must be an integer in \[-2147483648, 2147483647\], got 2147483648"),
     ({"priority": 0.5}, r"priority must be an integer in .*, got 0.5"),

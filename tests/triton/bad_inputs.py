@@ -192,7 +192,9 @@ BAD_INPUTS = {
     "ignore_eos a number": sampling("true or false", ignore_eos=1),
     "early_stopping a word": sampling('true, false or "never"', early_stopping="soon", beam_width=2, temperature=0),
     "length_penalty without beams": sampling("needs use_beam_search", "got 2.0", length_penalty=2),
-    "prompt_logprobs with beams": sampling("must be None", "got 1", prompt_logprobs=1, beam_width=2, temperature=0),
+    "prompt_logprobs with beams": sampling(
+        "must be null or left out", "got 1", prompt_logprobs=1, beam_width=2, temperature=0
+    ),
     "structured_outputs": sampling("must be left out", structured_outputs="{}"),
     "lora_name": sampling("not enabled", "LoRA", field="LoRA feature", lora_name="doll"),
 }
