@@ -134,7 +134,9 @@ class _ConcatToCall(NodeTransformer):
 class _Generation(Extension):
     """`{% generation %}` marks what the assistant has said, for training; a prompt has its content and nothing more."""
 
-    tags = {"generation"}  # noqa: RUF012 (an instance variable in jinja2)
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

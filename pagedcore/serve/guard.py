@@ -35,19 +35,22 @@ def main(arguments: list[str]) -> int:
     shm_prefix = given.shm_prefix.replace("{unique}", unique)
     secret = secrets.token_hex(16)
     command = [part.replace("{unique}", unique).replace("{secret}", secret) for part in given.command]
+    # A signal waits until there is somebody to pass it on to.
+    early: list[int] = []
     for number in _SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, lambda number, _: early.append(number))
     # Inherited by server and stub: a thread that wakes up to send a token does not throw a kernel off its core half-way, for
     # which all other cores would have to wait.
     with contextlib.suppress(PermissionError):  # it may be forbidden in a container
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    # A signal waits until there is somebody to pass it on to; the server itself must not inherit that (no threads here: safe).
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_unblock_signals)  # noqa: PLW1509
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         at_once = False
         with contextlib.suppress(KeyboardInterrupt):
-            _unblock_signals()
+            for number in _SIGNALS:
+                signal.signal(number, signal.default_int_handler)
+            if early:
+                raise KeyboardInterrupt
             if given.detached:
                 server.wait()
             else:
@@ -67,10 +70,6 @@ def main(arguments: list[str]) -> int:
         for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
             region.unlink(missing_ok=True)
     return server.returncode
-
-
-def _unblock_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _wait_for_end(server: subprocess.Popen[bytes]) -> bool:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -144,6 +145,9 @@ def test_cancelling_at_about_the_last_token(small_server: TritonServer) -> None:
     def ended(reason: str) -> float:
         return growth.of("vllm:request_success_total", finished_reason=reason)
 
+    def have_ended(number: int) -> bool:
+        return ended("length") + ended("abort") == number
+
     num_told = 0  # those whose client has heard of the end
     for number in range(8):
         with grpc_stream(small_server.grpc_url) as stream:
@@ -151,7 +155,7 @@ def test_cancelling_at_about_the_last_token(small_server: TritonServer) -> None:
             for _ in range(3 + number % 3):
                 final = stream.next()[2]
             stream.cancel()
-            wait_until(lambda number=number: ended("length") + ended("abort") == number + 1)  # type: ignore[misc]
+            wait_until(partial(have_ended, number + 1))
             wait_until(lambda: blocks_in_use(small_server) == 0)
         num_told += final
         assert ended("length") >= num_told
