@@ -40,6 +40,7 @@ EXTRAS_HEADER_SIZE = 8
 NUM_PENALTY_COLUMNS = 8
 _MAX_EOS_TOKEN_IDS = 64
 _SPELLINGS = 2  # of a bad word: with and without a space before it
+MAX_BANS = MAX_STOP_TOKEN_IDS + _MAX_EOS_TOKEN_IDS + _SPELLINGS * MAX_BAD_WORDS  # of a row
 
 
 class ExtrasHeader(NamedTuple):
@@ -208,6 +209,6 @@ def _write_tables(tables: list[tuple[int, Int32Array]], out: Int32Array) -> int:
 
 def max_extras(max_num_seqs: int, max_model_len: int) -> int:
     """int32 elements that the extras of any step fit into."""
-    bans = 3 * (MAX_STOP_TOKEN_IDS + _MAX_EOS_TOKEN_IDS + _SPELLINGS * MAX_BAD_WORDS)
+    bans = 3 * MAX_BANS
     rules = 3 * MAX_LOGIT_BIASES + 2 + MAX_ALLOWED_TOKEN_IDS
     return EXTRAS_HEADER_SIZE + max_num_seqs * (NUM_PENALTY_COLUMNS + max_model_len + 1 + rules + bans)

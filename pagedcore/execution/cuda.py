@@ -29,6 +29,7 @@ from pagedcore.execution.kv_cache import (
 from pagedcore.execution.local import NUM_STEP_BUFFERS, step_buffer_size
 from pagedcore.execution.prompt_scorer import prompt_logprobs
 from pagedcore.execution.sampler import SampledTokens, Sampler
+from pagedcore.execution.warm_up import allocate_for_draws
 from pagedcore.layers.activations import ActivationBuffers
 from pagedcore.layers.linear import Placement
 from pagedcore.models.config import ModelConfig
@@ -183,6 +184,9 @@ class CudaExecutor:
         query_len = min(max_tokens, max_model_len)
         self._run_padding(min(max(max_tokens // max_model_len, 1), max_rows), query_len, query_len)
         self._run_padding(max_rows, 1, 1)
+        reserved = torch.cuda.memory_reserved(self._device)
+        allocate_for_draws(activations.logits, max_model_len, config.max_logprobs)
+        draws = torch.cuda.memory_reserved(self._device) - reserved
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         plan = plan_gpu_memory(
             config,
@@ -190,6 +194,7 @@ class CudaExecutor:
             activations=activations.num_bytes,
             inputs=inputs.num_bytes,
             workspace=workspace_bytes,
+            draws=draws,
             swap_space=num_host_blocks * block,
             block=block,
             max_model_len=max_model_len,
@@ -240,12 +245,25 @@ class CudaExecutor:
                 return self._enqueue(captured, plan, header.num_rows)
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 return self._launch(plan, header)
-        except torch.AcceleratorError as error:
-            failure = EngineDeadError(f"the GPU failed: {public_text(error)}")
-            failure.__cause__ = error  # for the log
-            return FailedStep(failure)
         except Exception as error:
-            return FailedStep(error)
+            return FailedStep(self._failure(error))
+
+    def _failure(self, error: Exception) -> Exception:
+        """What a step ends with whose launch failed with `error`: EngineDeadError where the GPU can do nothing after it.
+
+        Kernels and graphs of our own report errors of the device like any other; so it is asked.
+        """
+        cause = error
+        if not isinstance(error, torch.AcceleratorError):
+            try:
+                self._stream.query()
+            except torch.AcceleratorError as of_device:
+                cause = of_device
+            else:
+                return error
+        failure = EngineDeadError(f"the GPU failed: {public_text(cause)}")
+        failure.__cause__ = error  # for the log
+        return failure
 
     def _enqueue(self, captured: CapturedStep, plan: StepPlan, num_rows: int) -> CudaPendingStep:
         """Start a step that is all captured, as most are. Torch's contexts, slices and copies would take longer than this

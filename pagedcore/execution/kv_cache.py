@@ -80,6 +80,7 @@ class MemoryPlan:
     num_blocks: int
     block_size: int
     workspace: int = 0  # of the kernels
+    draws: int = 0  # what penalties, bans and log probabilities need beside the logits
     graphs: int = 0
     swap_space: int = 0  # in the host's memory
     other: int = 0  # a GPU's context, code and libraries, and other processes there
@@ -98,6 +99,7 @@ class MemoryPlan:
             ("activations", self.activations),
             ("step inputs", self.inputs),
             ("workspace", self.workspace),
+            ("draws", self.draws),
             ("graphs", self.graphs),
             ("swap space", self.swap_space),
             ("context and libraries", self.other),
@@ -141,6 +143,7 @@ def plan_gpu_memory(
     activations: int,
     inputs: int,
     workspace: int,
+    draws: int,
     swap_space: int,
     block: int,
     max_model_len: int,
@@ -162,7 +165,7 @@ def plan_gpu_memory(
             f"({used_bytes / 2**30:,.1f} GiB in use, {weights / 2**30:,.1f} GiB of it weights), the graphs and one block need"
         )
     num_blocks = _num_blocks(config, block, max_model_len, room, share)
-    other = used_bytes - weights - activations - inputs - workspace
+    other = used_bytes - weights - activations - inputs - workspace - draws
     return MemoryPlan(
         weights,
         activations,
@@ -171,6 +174,7 @@ def plan_gpu_memory(
         num_blocks,
         config.block_size,
         workspace=workspace,
+        draws=draws,
         swap_space=swap_space,
         other=other,
     )

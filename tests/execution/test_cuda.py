@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,7 @@ def _plan(**arguments: Any) -> MemoryPlan:
         "activations": 5_000,
         "inputs": 1_000,
         "workspace": 4_000,
+        "draws": 0,
         "swap_space": 0,
         "block": 1_000,
     }
@@ -275,14 +278,60 @@ def test_the_memory_plan_adds_up_and_nothing_is_allocated_later(tmp_path: Path) 
     tiny.make("llama", tmp_path, **SHAPE)
     llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, max_num_seqs=64, gpu_memory_utilization=0.5)
     plan = _executor(llm).memory
-    parts = (plan.weights, plan.kv_cache, plan.activations, plan.inputs, plan.workspace, plan.graphs, plan.other)
+    parts = (
+        plan.weights,
+        plan.kv_cache,
+        plan.activations,
+        plan.inputs,
+        plan.workspace,
+        plan.draws,
+        plan.graphs,
+        plan.other,
+    )
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     assert abs(sum(parts) - (total_bytes - free_bytes)) < 0.03 * total_bytes
-    params = SamplingParams(
-        temperature=0.7, top_p=0.9, max_tokens=20, logprobs=3, presence_penalty=0.5, ignore_eos=True
-    )
-    llm.generate(_prompts(64), params, use_tqdm=False)
-    before = torch.cuda.memory_reserved()
-    llm.generate(_prompts(64), params, use_tqdm=False)
-    assert torch.cuda.memory_reserved() == before
+    before = (torch.cuda.memory_reserved(), torch.cuda.host_memory_stats()["num_host_alloc"])
+    plain: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 20, "ignore_eos": True}
+    for extra in (
+        {},
+        {"logprobs": 3, "presence_penalty": 0.5},
+        {"logprobs": 20, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"logit_bias": {5: 1.5, 6: -100.0}, "allowed_token_ids": [*range(5, 200)]},
+        {"prompt_logprobs": 5},
+        {"min_tokens": 5, "stop_token_ids": [3, 4]},
+        {"n": 3},
+    ):
+        for number in (64, 3):
+            llm.generate(_prompts(number), SamplingParams(**plain, **extra), use_tqdm=False)
+            after = (torch.cuda.memory_reserved(), torch.cuda.host_memory_stats()["num_host_alloc"])
+            assert after == before, extra
     llm.shutdown()
+
+
+_FAILING = """
+import sys, torch
+from pagedcore import LLM, SamplingParams
+from pagedcore.errors import EngineDeadError
+llm = LLM(sys.argv[1], device="cuda", skip_tokenizer_init=True, max_num_seqs=8, kv_cache_memory_bytes=1 << 26)
+params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+torch.ones(1, device="cuda")[torch.tensor([5], device="cuda")]
+try:
+    torch.cuda.synchronize()
+except torch.AcceleratorError:
+    print("the device has failed")
+try:
+    llm.generate([{"prompt_token_ids": [5, 6, 7]}] * 3, params, use_tqdm=False)
+except EngineDeadError as error:
+    print(f"dead: {error}")
+"""
+
+
+@pytest.mark.gpu
+def test_a_device_that_failed_ends_the_engine_at_the_next_step(tmp_path: Path) -> None:
+    """In a process of its own, which no CUDA call can be made in afterwards."""
+    tiny.make("llama", tmp_path, **SHAPE)
+    command = [sys.executable, "-c", _FAILING, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert "the device has failed" in result.stdout, result.stderr
+    assert "dead: the GPU failed: " in result.stdout, result.stdout + result.stderr
