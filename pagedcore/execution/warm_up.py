@@ -66,7 +66,8 @@ def largest_extras(num_tokens: int, num_rows: int, vocab_size: int) -> Int32Arra
 
     def shares(total: int) -> Int32Array:
         ends = np.arange(1, num_rows + 1) * total // num_rows
-        return np.diff(ends, prepend=0).astype(np.int32)
+        counts: Int32Array = np.diff(ends, prepend=0).astype(np.int32)
+        return counts
 
     def token_ids(count: int) -> Int32Array:
         return np.arange(count, dtype=np.int32) % vocab_size
