@@ -1,9 +1,10 @@
-"""Time the CUDA attention kernels against the read limit of the GPU and, where it is at hand, against FlashAttention-3.
+"""Time the CUDA attention kernels against the read limit of the GPU and, where they are at hand, FlashAttention-3 and FlashInfer.
 
-Usage: python -m benchmarks.kernels.gpu_attention [--peer FOLDER] [--cases all|short] [--name NAME]
-FOLDER holds `vllm_flash_attn/` (its `_vllm_fa3_C.abi3.so` and `flash_attn_interface.py`), unpacked from a vLLM 0.26 wheel.
-Both read bf16 KV in blocks of 16 through shuffled tables; launches are captured in a graph that rotates over so many pools
-that the L2 cache serves none of them.
+Usage: python -m benchmarks.kernels.gpu_attention [--peer FOLDER] [--flashinfer FOLDER] [--cases all|short] [--name NAME]
+The first FOLDER holds `vllm_flash_attn/` (its `_vllm_fa3_C.abi3.so` and `flash_attn_interface.py`), unpacked from a vLLM 0.26
+wheel; the second one flashinfer-python 0.6.14 and apache-tvm-ffi (pip install --target), which compiles its kernels on first use.
+All read bf16 KV in blocks of 16 through shuffled tables; launches are captured in a graph that rotates over so many pools
+that the L2 cache serves none of them. FlashInfer is timed in decode.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from benchmarks.kernels.gpu_timing import Launch, microseconds, read_limit
 from pagedcore import ops
 
 BLOCK_SIZE, HEAD_DIM = 16, 128
-PEER = "FlashAttention-3 (vLLM 0.26)"
+FLASH_ATTENTION, FLASHINFER = "FlashAttention-3 (vLLM 0.26)", "FlashInfer 0.6.14"
+FLASHINFER_WORKSPACE = 256 << 20
 ROTATED_BYTES = 200_000_000  # four times an H100's L2
 
 
@@ -118,7 +120,25 @@ def our_launches(case: Case) -> list[Launch]:
     return [launch(x) for x in make_inputs(case, "HND")]
 
 
-def peer_launches(peer: Any, case: Case) -> list[Launch]:
+def flashinfer_launches(flashinfer: Any, case: Case) -> list[Launch]:
+    """FlashInfer's decode with its tensor core kernels, planned beforehand."""
+    blocks = torch.tensor([-(-n // BLOCK_SIZE) for n in case.seq_lens])
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), blocks.cumsum(0)]).int().cuda()
+    last_lens = torch.tensor([(n - 1) % BLOCK_SIZE + 1 for n in case.seq_lens], dtype=torch.int32, device="cuda")
+    heads = (case.num_heads, case.num_kv_heads, HEAD_DIM)
+
+    def launch(x: Inputs) -> Launch:
+        workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device="cuda")
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        indices = torch.cat([row[:n] for row, n in zip(x.tables, blocks.tolist(), strict=True)])
+        dtypes = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+        wrapper.plan(starts, indices, last_lens, *heads, BLOCK_SIZE, **dtypes)
+        return lambda: wrapper.run(x.q, (x.kv[0], x.kv[1]))
+
+    return [launch(x) for x in make_inputs(case, "NHD")]
+
+
+def flash_attention_launches(peer: Any, case: Case) -> list[Launch]:
     """FlashAttention-3 as vLLM calls it, with its scheduler metadata computed beforehand."""
     starts, lengths = row_arrays(case)
     longest = max(case.seq_lens)
@@ -162,40 +182,47 @@ def row_arrays(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return starts, torch.tensor(case.seq_lens, dtype=torch.int32, device="cuda")
 
 
-def measure(peer: Any, which: str) -> list[report.Row]:
-    """Every case against the time the read limit allows (decode) and, where there is one, against the peer."""
+def measure(flash_attention: Any, flashinfer: Any, which: str) -> list[report.Row]:
+    """Every case against the time the read limit allows (decode) and against the peers there are."""
     limit = read_limit()
     rows = []
     for case in cases(which):
+        is_decode = case.query_len == 1
         ours = microseconds(our_launches(case))
         torch.cuda.empty_cache()
-        if case.query_len == 1:
+        speed = f"{case.kv_bytes / ours / 1e6:5.2f} TB/s" if is_decode else f"{case.flops / ours / 1e6:4.0f} TFLOP/s"
+        text = f"{case.name:58s} {ours:8.1f} us {speed}"
+        if is_decode:
             rows.append(report.row(case.name, ours, "us", "floor", case.kv_bytes / limit, higher_is_better=False))
-        if peer is not None:
-            theirs = microseconds(peer_launches(peer, case))
+        for name, module, launches in (
+            (FLASH_ATTENTION, flash_attention, flash_attention_launches),
+            (FLASHINFER, flashinfer if is_decode else None, flashinfer_launches),
+        ):
+            if module is None:
+                continue
+            theirs = microseconds(launches(module, case))
             torch.cuda.empty_cache()
-            rows.append(report.row(case.name, ours, "us", PEER, theirs, higher_is_better=False))
-        text = f"{case.name:58s} {ours:8.1f} us"
-        text += (
-            f" {case.kv_bytes / ours / 1e6:5.2f} TB/s"
-            if case.query_len == 1
-            else f" {case.flops / ours / 1e6:4.0f} TFLOP/s"
-        )
-        print(text + (f"   FA3 {theirs:8.1f} us   ratio {theirs / ours:.2f}" if peer is not None else ""), flush=True)
+            rows.append(report.row(case.name, ours, "us", name, theirs, higher_is_better=False))
+            text += f"   {name} {theirs:8.1f} us, ratio {theirs / ours:.2f}"
+        print(text, flush=True)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="folder that holds vllm_flash_attn/")
+    parser.add_argument("--flashinfer", type=Path, help="folder that holds flashinfer/ and tvm_ffi/")
     parser.add_argument("--cases", choices=("all", "short"), default="all")
     parser.add_argument("--name", default="h100_attention", help="of the result file")
     arguments = parser.parse_args()
-    peer = None
+    flash_attention = flashinfer = None
     if arguments.peer is not None:
         sys.path.insert(0, str(arguments.peer))
-        peer = importlib.import_module("vllm_flash_attn.flash_attn_interface")
-    report.write(arguments.name, measure(peer, arguments.cases))
+        flash_attention = importlib.import_module("vllm_flash_attn.flash_attn_interface")
+    if arguments.flashinfer is not None:
+        sys.path.insert(0, str(arguments.flashinfer))
+        flashinfer = importlib.import_module("flashinfer")
+    report.write(arguments.name, measure(flash_attention, flashinfer, arguments.cases))
 
 
 if __name__ == "__main__":

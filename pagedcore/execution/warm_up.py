@@ -70,11 +70,13 @@ def largest_extras(num_tokens: int, num_rows: int, vocab_size: int) -> Int32Arra
         return counts
 
     def token_ids(count: int) -> Int32Array:
-        return np.arange(count, dtype=np.int32) % vocab_size
+        ids: Int32Array = np.arange(count, dtype=np.int32) % vocab_size
+        return ids
 
     def table(per_row: int, last: int) -> Int32Array:
         columns = (np.repeat(rows, per_row), token_ids(num_rows * per_row), np.full(num_rows * per_row, last))
-        return np.stack(columns, axis=1).astype(np.int32)
+        stacked: Int32Array = np.stack(columns, axis=1).astype(np.int32)
+        return stacked
 
     penalties = np.zeros((num_rows, NUM_PENALTY_COLUMNS), np.int32)
     penalties.view(np.float32)[:, PenaltyColumn.REPETITION] = 1.0
