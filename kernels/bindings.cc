@@ -53,7 +53,7 @@ PagedAttention paged_attention(Address out, Address q, Address k_cache, Address 
                                Address query_start_loc, Address seq_lens, Address workspace, I64 workspace_bytes,
                                I64 q_row_stride, I32 num_tokens, I32 num_rows, I32 table_stride, I32 num_heads,
                                I32 num_kv_heads, I32 head_dim, I32 block_size, I32 max_query_len, float scale,
-                               I32 dtype) {
+                               I32 dtype, bool batch_invariant) {
   return {at<void>(out),
           at<void>(q),
           at<void>(k_cache),
@@ -73,7 +73,8 @@ PagedAttention paged_attention(Address out, Address q, Address k_cache, Address 
           block_size,
           max_query_len,
           scale,
-          DType{dtype}};
+          DType{dtype},
+          batch_invariant};
 }
 
 CopyBlocks copy_blocks(Address src, Address dst, Address pairs, I64 src_plane_stride, I64 src_block_stride,

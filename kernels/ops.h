@@ -49,6 +49,7 @@ struct PagedAttention {
   int32_t max_query_len;
   float scale;
   DType dtype;
+  bool batch_invariant;  // CUDA: a query's bits are the same whatever else is computed; on a CPU they always are
 };
 
 // Copy whole blocks. Copy-on-write inside a cache (src == dst) and swapping between device and host are the same

@@ -42,7 +42,7 @@ class EngineConfig:
     `max_num_seqs` sequences of `max_model_len` tokens and 4 GiB, unless `kv_cache_memory_bytes` says otherwise.
     `batch_invariant` (not one of vLLM's arguments): logits must be the same bits whatever else a step computes, and however the
     request got there: in chunks, from the prefix cache, after a preemption. The CPU's kernels have no other way to compute; on a
-    GPU it is refused.
+    GPU it takes longer.
     `kv_policy` (not one of vLLM's): "paged", or a baseline to compare it with, which reserves contiguous memory for whole
     sequences and has no prefix cache: "orca_oracle", "orca_pow2", "orca_max", "static_batch".
     """

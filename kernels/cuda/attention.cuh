@@ -50,8 +50,13 @@ extern template void decode<__half>(const PagedAttention&, Stream);
 extern template void prefill<__nv_bfloat16>(const PagedAttention&, Stream);
 extern template void prefill<__half>(const PagedAttention&, Stream);
 
-// These rows are decode's work, the others prefill's.
-__device__ __forceinline__ bool is_decode_row(int query_len) { return query_len == 1; }
+// These rows are decode's work, the others prefill's. Where a query's bits must not depend on the batch, all are
+// prefill's: it works through a query's context tile by tile from its first token on, whatever the tile of queries, the
+// others in it and the chunk that the query came in; decode cuts the context where that evens out the thread blocks'
+// work.
+__device__ __forceinline__ bool is_decode_row(const PagedAttention& a, int query_len) {
+  return query_len == 1 && !a.batch_invariant;
+}
 
 // Call `body` with a std::integral_constant of a supported head_dim.
 template <typename Body>

@@ -16,7 +16,7 @@ struct TileCursor {
 };
 
 __device__ __forceinline__ int decode_length(const PagedAttention& a, int row) {
-  return is_decode_row(a.query_start_loc[row + 1] - a.query_start_loc[row]) ? a.seq_lens[row] : 0;
+  return is_decode_row(a, a.query_start_loc[row + 1] - a.query_start_loc[row]) ? a.seq_lens[row] : 0;
 }
 
 // Set the cursor to the first tile of row `row`, which may have none.

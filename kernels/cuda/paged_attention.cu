@@ -10,8 +10,8 @@ void require(bool condition, const char* field, const char* rule, int value) {
 
 template <typename T>
 void run(const PagedAttention& a, Stream stream) {
-  decode<T>(a, stream);
-  if (a.max_query_len > 1) prefill<T>(a, stream);
+  decode<T>(a, stream);  // where it has no rows, for the padding
+  if (a.max_query_len > 1 || a.batch_invariant) prefill<T>(a, stream);
 }
 
 }  // namespace

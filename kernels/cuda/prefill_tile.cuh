@@ -30,7 +30,7 @@ __device__ __forceinline__ TokenTiles token_tiles(const PrefillTile& tile, int h
 
 __device__ __forceinline__ int prefill_pairs(const PagedAttention& a, int row, int heads_per_kv) {
   const int query_len = a.query_start_loc[row + 1] - a.query_start_loc[row];
-  return is_decode_row(query_len) || a.seq_lens[row] == 0 ? 0 : query_len * heads_per_kv;
+  return is_decode_row(a, query_len) || a.seq_lens[row] == 0 ? 0 : query_len * heads_per_kv;
 }
 
 // Which rows have which tiles: a prefix sum over the rows, made by every thread block for itself.
@@ -170,7 +170,9 @@ struct PrefillState {
     }
   }
 
-  // Turn scores into weights; `correction` brings the outputs so far to the new maximum.
+  // Turn scores into weights; `correction` brings the outputs so far to the new maximum. A tile of which a row sees
+  // nothing leaves that row's bits as they are: the maximum stays, the correction is 1, the weights are 0. The fused
+  // operations are written out, lest the compiler fuse differently for masked and other tiles, or for two of the rows.
   template <bool kMasked>
   __device__ __forceinline__ void weigh(float (&s)[Config::kRowTiles][kColumns][4], int first_token, float scale_log2,
                                         float (&correction)[Config::kRowTiles][2]) {
@@ -200,11 +202,11 @@ struct PrefillState {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& value = s[m][n][2 * r + c];
-            value = exp2_fast(value * scale_log2 - shift);
+            value = exp2_fast(__fmaf_rn(value, scale_log2, -shift));
             total += value;
           }
         }
-        sum[m][r] = sum[m][r] * correction[m][r] + total;
+        sum[m][r] = __fmaf_rn(sum[m][r], correction[m][r], total);
       }
     }
   }

@@ -16,6 +16,7 @@ from pagedcore.engine.step_plan import Header, Int32Array, StepLayout, StepPlan,
 from pagedcore.engine.step_sizes import NO_PADDING, StepSizes
 from pagedcore.errors import ConfigError, EngineDeadError, public_text
 from pagedcore.execution.cuda_step import CapturedStep, CudaInputs, CudaStep
+from pagedcore.execution.invariance import check_linear_layers
 from pagedcore.execution.kv_cache import (
     KVCache,
     MemoryPlan,
@@ -63,14 +64,6 @@ def cuda_dtype(asked: str, checkpoint: str) -> torch.dtype:
     if asked not in _DTYPES:
         raise ConfigError(f"dtype must be one of auto, {', '.join(_DTYPES)} on a GPU, got {asked!r}")
     return _DTYPES[asked]
-
-
-def _check_batch_invariance(config: EngineConfig) -> None:
-    """Refuse what no GPU step promises: its kernels and cuBLAS choose their sums' order by the batch. Raises ConfigError."""
-    if config.batch_invariant:
-        raise ConfigError(
-            "batch_invariant must be false on a GPU, got True: there, logits depend on the batch by rounding"
-        )
 
 
 def captured_sizes(max_num_seqs: int, max_num_batched_tokens: int, num_weights: float) -> StepSizes:
@@ -136,10 +129,10 @@ class CudaExecutor:
         max_num_batched_tokens: int,
     ) -> None:
         """Load the model from `folder`, allocate all memory and capture the graphs. Raises ConfigError."""
-        _check_batch_invariance(config)
         _check_kernels_serve(model_config, config.block_size)
         self._device = torch.device("cuda", config.device_index)
-        placement = Placement(cuda_dtype(config.dtype, model_config.dtype), self._device)
+        dtype = cuda_dtype(config.dtype, model_config.dtype)
+        placement = Placement(dtype, self._device, batch_invariant=config.batch_invariant)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             self._load(config, model_config, folder, placement, max_model_len, max_num_batched_tokens)
@@ -158,6 +151,8 @@ class CudaExecutor:
         max_rows, block_size = config.max_num_seqs, config.block_size
         table_width = -(-max_model_len // block_size)
         model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
+        if config.batch_invariant:
+            check_linear_layers(model, placement)
         num_weights = model.num_bytes / placement.dtype.itemsize
         sizes = NO_PADDING if config.enforce_eager else captured_sizes(max_rows, max_tokens, num_weights)
         self.step_sizes = sizes

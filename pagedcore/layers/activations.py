@@ -51,9 +51,7 @@ class ActivationBuffers:
         kv_size = placement.share(config.num_kv_heads, "num_key_value_heads") * config.head_dim
         intermediate_size = placement.share(config.intermediate_size, "intermediate_size")
 
-        def buffer(rows: int, size: int) -> torch.Tensor:
-            return torch.empty(rows, size, dtype=placement.dtype, device=placement.device)
-
+        buffer = placement.buffer
         self.residual, self._normed, self.hidden = (buffer(max_tokens, config.hidden_size) for _ in range(3))
         self._qkv = buffer(max_tokens, query_size + 2 * kv_size)
         self._context = buffer(max_tokens, query_size)
@@ -63,14 +61,14 @@ class ActivationBuffers:
         self.embedded = buffer(max_tokens, projected_size)
         self._last = [buffer(max_rows, config.hidden_size) for _ in range(3)]
         self._projected = buffer(max_rows, projected_size)
-        self.logits = torch.empty(max_rows, config.vocab_size, dtype=torch.float32, device=placement.device)
+        self.logits = buffer(max_rows, config.vocab_size, torch.float32)
         self.max_tokens = max_tokens
 
     @property
     def num_bytes(self) -> int:
         token_rows = (self.residual, self._normed, self.hidden, self._qkv, self._context, self._gate_up, self._mlp)
         last_rows = (*self._last, self._projected, self.logits)
-        return sum(tensor.nbytes for tensor in (*token_rows, self.embedded, *last_rows))
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*token_rows, self.embedded, *last_rows))
 
     def for_tokens(self, num_tokens: int) -> Activations:
         """Views of the first `num_tokens` rows."""

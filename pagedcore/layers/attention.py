@@ -56,6 +56,7 @@ class Attention(nn.Module):
         self.num_kv_heads = self.qkv_proj.num_kv_heads
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
+        self.batch_invariant = placement.batch_invariant
         self.cos_sin = cos_sin
         self.norm_eps = config.norm_eps
         self.q_norm = RMSNorm(head_dim, config.norm_eps, placement) if config.qk_norm else None
@@ -97,5 +98,6 @@ class Attention(nn.Module):
             inputs.max_query_len,
             self.scale,
             inputs.workspace,
+            self.batch_invariant,
         )
         self.o_proj(activations.context_rows, activations.hidden)

@@ -58,15 +58,24 @@ class WeightSlot(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """In which dtype, on which device and as whose share of the model a layer is built."""
+    """In which dtype, on which device and as whose share of the model a layer is built.
+
+    `batch_invariant`: on a GPU, a token's results are to be the same bits whatever else a step computes. On a CPU they are.
+    """
 
     dtype: torch.dtype
     device: torch.device
     group: ParallelGroup = SINGLE_RANK
+    batch_invariant: bool = False
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialized weight; the loader fills it."""
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+    def buffer(self, rows: int, size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Uninitialized memory [rows, size] that layers read their inputs from and leave their results in."""
+        room = ops.invariant_rows(rows) if self.batch_invariant else rows
+        return torch.empty(room, size, dtype=dtype or self.dtype, device=self.device)[:rows]
 
     def share(self, size: int, name: str) -> int:
         """This rank's share of `size` heads or features."""
@@ -84,6 +93,7 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool, placement: Placement) -> None:
         super().__init__()
         self.group = placement.group
+        self.batch_invariant = placement.batch_invariant
         self.weight: nn.Parameter | None = placement.empty(out_features, in_features)
         self.bias = placement.empty(out_features) if bias else None
         self.packed: ops.PackedWeight | None = None
@@ -95,11 +105,15 @@ class Linear(nn.Module):
         self.weight = None
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """x: [num_tokens, in_features] -> out: [num_tokens, out_features], of x's dtype or float32."""
+        """x: [num_tokens, in_features] -> out: [num_tokens, out_features], of x's dtype or float32.
+
+        Both are the first rows of a `Placement.buffer`.
+        """
         if self.packed is not None:
             return ops.packed_linear(x, self.packed, self.bias, out.dtype, out)
         assert self.weight is not None
-        return ops.linear(x, self.weight, self.bias, out)
+        linear = ops.invariant_linear if self.batch_invariant else ops.linear
+        return linear(x, self.weight, self.bias, out)
 
     def weight_slots(self, name: str) -> Iterator[tuple[str, WeightSlot]]:
         """The checkpoint's tensor names and where each goes."""
@@ -170,7 +184,8 @@ class GateUpLinear(Linear):
 
         x: [num_tokens, hidden_size]. gate_up: [num_tokens, 2 * size], room to work in. out: [num_tokens, size].
         """
-        if x.is_cuda and self.bias is None and self.weight is not None and ops.gated_linear(x, self.weight, out):
+        may_fuse = x.is_cuda and self.bias is None and not self.batch_invariant
+        if may_fuse and self.weight is not None and ops.gated_linear(x, self.weight, out):
             return
         self(x, gate_up)
         ops.silu_and_mul(gate_up, out)

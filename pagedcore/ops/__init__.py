@@ -14,11 +14,22 @@ from pagedcore.ops.attention import (
 )
 from pagedcore.ops.cpu import CpuGraph, instruction_set, num_threads, request_huge_pages, set_num_threads
 from pagedcore.ops.elementwise import layer_norm, relu, rms_norm, silu_and_mul
-from pagedcore.ops.linear import PackedWeight, WeightArena, gated_linear, linear, pack_linear, packed_linear
+from pagedcore.ops.linear import (
+    INVARIANT_ROWS,
+    PackedWeight,
+    WeightArena,
+    gated_linear,
+    invariant_linear,
+    invariant_rows,
+    linear,
+    pack_linear,
+    packed_linear,
+)
 from pagedcore.ops.sampling import logprobs, sample
 from pagedcore.ops.step import StepEnqueuer, unpack_step
 
 __all__ = [
+    "INVARIANT_ROWS",
     "CpuGraph",
     "PackedWeight",
     "StepEnqueuer",
@@ -26,6 +37,8 @@ __all__ = [
     "copy_blocks",
     "gated_linear",
     "instruction_set",
+    "invariant_linear",
+    "invariant_rows",
     "layer_norm",
     "linear",
     "logprobs",

@@ -91,6 +91,7 @@ def paged_attention(
     max_query_len: int,
     scale: float,
     workspace: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     """Causal attention of a ragged batch over a paged KV cache (PagedAttention, Kwon et al. 2023, equation 4).
 
@@ -102,6 +103,8 @@ def paged_attention(
     scale: above 0. workspace: on a GPU, `paged_attention_workspace_bytes` bytes or more, zeroed before its first use; there,
     block_tables, query_start_loc and seq_lens are read before the kernels ahead have ended: only `unpack_step`, torch or a copy
     may write them.
+    batch_invariant: on a GPU, a query's output is the same bits in whatever batch and chunk it comes, at the price of a slower
+    decode; on the CPU it always is.
     Tokens of padding rows, and those behind the last row, come out as zeros.
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -133,7 +136,7 @@ def paged_attention(
     pointers = addresses(out, q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, workspace)
     strides = (0 if workspace is None else workspace.nbytes, token_stride)
     sizes = (num_tokens, num_rows, table_width, num_heads, num_kv_heads, head_dim, block_size, max_query_len)
-    run("paged_attention", is_cuda, *pointers, *strides, *sizes, scale, DTYPE_CODES[dtype])
+    run("paged_attention", is_cuda, *pointers, *strides, *sizes, scale, DTYPE_CODES[dtype], batch_invariant)
 
 
 def paged_attention_workspace_bytes(device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int) -> int:

@@ -13,6 +13,7 @@ from pagedcore.ops.border import DTYPE_CODES, addresses, fit, refuse, require_cu
 from pagedcore.ops.cpu import request_huge_pages
 
 MAX_SKINNY_ROWS = 32
+INVARIANT_ROWS = 256  # of every product of `invariant_linear`
 
 _CACHE_LINE = 64
 _LINEAR_RULE = "x [T, K], weight [N, K], bias [N] and out [T, N] on a GPU"
@@ -113,30 +114,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, skinn
     bias, float32. skinny: whether to use our own kernel (up to 32
     rows), whatever is faster. Returns out.
     """
-    num_tokens, in_features = x.shape
-    out_features, dtype = len(weight), x.dtype
-    if not (
-        weight.shape == (out_features, in_features)
-        and out.shape == (num_tokens, out_features)
-        and (bias is None or bias.shape == (out_features,))
-        and (out.dtype is dtype or (out.dtype is torch.float32 and bias is None))
-        and x.stride(1) == 1
-        and x.is_cuda
-        and fit(dtype, True, weight, bias)
-        and fit(out.dtype, True, out)
-    ):
+    if not _are_linear(x, weight, bias, out):
         refuse("linear", _LINEAR_RULE, x=x, weight=weight, bias=bias, out=out)
     if skinny is None:
-        skinny = _is_skinny(x, out_features)
+        skinny = _is_skinny(x, len(weight))
     if skinny:
         _skinny_linear(x, weight, bias, out, False)
-    elif bias is not None:
-        torch.addmm(bias, x, weight.t(), out=out)
-    elif out.dtype is dtype:
-        torch.mm(x, weight.t(), out=out)
     else:
-        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+        _library_linear(x, weight, bias, out)
     return out
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """As `linear`, but a token's result is the same bits at every place of every batch (ADR 0010).
+
+    cuBLAS chooses its algorithm by the number of rows, so it gets INVARIANT_ROWS of them every time. x and out lie in memory that
+    has room behind their end for as many rows as make a multiple of that: what is there is read, and overwritten, and may be
+    anything. Returns out.
+    """
+    if not (_are_linear(x, weight, bias, out) and _has_room(x) and _has_room(out)):
+        expected = f"{_LINEAR_RULE}, with room for a multiple of {INVARIANT_ROWS} rows"
+        refuse("invariant_linear", expected, x=x, weight=weight, bias=bias, out=out)
+    for first in range(0, len(x), INVARIANT_ROWS):
+        _library_linear(_rows_from(x, first), weight, bias, _rows_from(out, first))
+    return out
+
+
+def invariant_rows(num_rows: int) -> int:
+    """How many rows there must be room for where `invariant_linear` works on up to `num_rows`."""
+    return -(-num_rows // INVARIANT_ROWS) * INVARIANT_ROWS
 
 
 def gated_linear(x: Tensor, weight: Tensor, out: Tensor) -> bool:
@@ -159,6 +165,43 @@ def gated_linear(x: Tensor, weight: Tensor, out: Tensor) -> bool:
         return False
     _skinny_linear(x, weight, None, out, True)
     return True
+
+
+def _are_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+    """Whether these are what _LINEAR_RULE says."""
+    (num_tokens, in_features), out_features, dtype = x.shape, len(weight), x.dtype
+    return (
+        weight.shape == (out_features, in_features)
+        and out.shape == (num_tokens, out_features)
+        and (bias is None or bias.shape == (out_features,))
+        and (out.dtype is dtype or (out.dtype is torch.float32 and bias is None))
+        and x.stride(1) == 1
+        and x.is_cuda
+        and fit(dtype, True, weight, bias)
+        and fit(out.dtype, True, out)
+    )
+
+
+def _library_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """By cuBLAS."""
+    if bias is not None:
+        torch.addmm(bias, x, weight.t(), out=out)
+    elif out.dtype is x.dtype:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+
+
+def _has_room(rows: Tensor) -> bool:
+    """Whether the memory goes on behind these rows for as many as make a multiple of INVARIANT_ROWS."""
+    last = rows.storage_offset() + (invariant_rows(len(rows)) - 1) * rows.stride(0)
+    return (last + rows.shape[1]) * rows.itemsize <= rows.untyped_storage().nbytes()
+
+
+def _rows_from(rows: Tensor, first: int) -> Tensor:
+    """INVARIANT_ROWS rows of the memory in which these lie, from number `first` on."""
+    offset = rows.storage_offset() + first * rows.stride(0)
+    return rows.as_strided((INVARIANT_ROWS, rows.shape[1]), rows.stride(), offset)
 
 
 def _skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, is_gated: bool) -> None:
