@@ -1,10 +1,12 @@
-"""Ragged paged batches with NaN wherever no token was written, and their attention in float64."""
+"""Ragged paged batches with NaN wherever no token was written, their attention in float64 and on the GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+from pagedcore import ops
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,46 @@ def reference(batch: Batch) -> torch.Tensor:
             out[start : start + query_len] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
         start += query_len
     return out
+
+
+def workspace_for(shape: Shape) -> torch.Tensor:
+    """Zeros, as many as attention of this shape needs."""
+    size = ops.paged_attention_workspace_bytes(
+        torch.device("cuda"), shape.num_heads, shape.num_kv_heads, shape.head_dim
+    )
+    return torch.zeros(size, dtype=torch.uint8, device="cuda")
+
+
+def run(batch: Batch, workspace: torch.Tensor | None = None, batch_invariant: bool = False) -> torch.Tensor:
+    """`ops.paged_attention` of the batch, with a workspace of its own where none is given."""
+    out = torch.full(batch.q.shape, float("nan"), dtype=batch.q.dtype, device="cuda")
+    shape = batch.shape
+    if workspace is None:
+        workspace = workspace_for(shape)
+    ops.paged_attention(
+        out,
+        batch.q,
+        batch.k_cache,
+        batch.v_cache,
+        batch.block_tables,
+        batch.query_start_loc,
+        batch.seq_lens,
+        max(query_len for query_len, _ in batch.rows),
+        batch.scale,
+        workspace,
+        batch_invariant,
+    )
+    torch.cuda.synchronize()
+    return out
+
+
+def assert_close(out: torch.Tensor, batch: Batch) -> None:
+    """That every head of every token is as near the reference as its dtype allows."""
+    expected = reference(batch)
+    assert torch.isfinite(out).all()
+    tolerance = 4e-3 if batch.shape.dtype == torch.bfloat16 else 6e-4
+    error = (out.double() - expected).norm(dim=-1)
+    scale = expected.norm(dim=-1)
+    assert (error <= tolerance * scale + 1e-12).all(), (
+        f"worst relative error {(error / scale.clamp_min(1e-12)).max():.2e}"
+    )

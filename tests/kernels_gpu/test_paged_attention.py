@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pagedcore import ops
-from tests.kernels_gpu.attention_cases import Batch, Shape, make_batch, reference
+from tests.kernels_gpu.attention_cases import Batch, Shape, assert_close, make_batch, run, workspace_for
 
 pytestmark = pytest.mark.gpu
 
@@ -26,51 +26,13 @@ SHAPES = [
 ]
 
 
-def workspace_for(shape: Shape) -> torch.Tensor:
-    size = ops.paged_attention_workspace_bytes(
-        torch.device("cuda"), shape.num_heads, shape.num_kv_heads, shape.head_dim
-    )
-    return torch.zeros(size, dtype=torch.uint8, device="cuda")
-
-
-def run(batch: Batch, workspace: torch.Tensor | None = None) -> torch.Tensor:
-    out = torch.full(batch.q.shape, float("nan"), dtype=batch.q.dtype, device="cuda")
-    shape = batch.shape
-    if workspace is None:
-        workspace = workspace_for(shape)
-    ops.paged_attention(
-        out,
-        batch.q,
-        batch.k_cache,
-        batch.v_cache,
-        batch.block_tables,
-        batch.query_start_loc,
-        batch.seq_lens,
-        max(query_len for query_len, _ in batch.rows),
-        batch.scale,
-        workspace,
-    )
-    torch.cuda.synchronize()
-    return out
-
-
-def assert_close(out: torch.Tensor, batch: Batch) -> None:
-    expected = reference(batch)
-    assert torch.isfinite(out).all()
-    tolerance = 4e-3 if batch.shape.dtype == torch.bfloat16 else 6e-4
-    error = (out.double() - expected).norm(dim=-1)
-    scale = expected.norm(dim=-1)
-    assert (error <= tolerance * scale + 1e-12).all(), (
-        f"worst relative error {(error / scale.clamp_min(1e-12)).max():.2e}"
-    )
-
-
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_decode_matches_the_reference(shape: Shape) -> None:
+def test_decode_matches_the_reference(shape: Shape, batch_invariant: bool) -> None:
     for batch_size in (1, 2, 7, 40):
         lengths = [LENGTHS[(3 * i + batch_size) % len(LENGTHS)] for i in range(batch_size)]
         batch = make_batch(shape, [(1, length) for length in lengths], seed=batch_size)
-        assert_close(run(batch), batch)
+        assert_close(run(batch, batch_invariant=batch_invariant), batch)
 
 
 def test_decode_of_one_long_sequence_beside_short_ones() -> None:
@@ -78,13 +40,15 @@ def test_decode_of_one_long_sequence_beside_short_ones() -> None:
     assert_close(run(batch), batch)
 
 
-def test_decode_of_more_rows_than_threads() -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_decode_of_more_rows_than_threads(batch_invariant: bool) -> None:
     batch = make_batch(Shape(4, 2, 64), [(1, 1 + 7 * i % 90) for i in range(700)])
-    assert_close(run(batch), batch)
+    assert_close(run(batch, batch_invariant=batch_invariant), batch)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_prefill_and_mixed_batches_match_the_reference(shape: Shape) -> None:
+def test_prefill_and_mixed_batches_match_the_reference(shape: Shape, batch_invariant: bool) -> None:
     batches = [
         [(1, 1), (2, 2), (17, 17), (1, 300), (64, 700), (129, 129), (33, 40)],
         [(300, 300)],
@@ -92,14 +56,15 @@ def test_prefill_and_mixed_batches_match_the_reference(shape: Shape) -> None:
     ]
     for seed, rows in enumerate(batches):
         batch = make_batch(shape, rows, seed=seed)
-        assert_close(run(batch), batch)
+        assert_close(run(batch, batch_invariant=batch_invariant), batch)
 
 
-def test_padding_is_zero_and_changes_nothing() -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_padding_is_zero_and_changes_nothing(batch_invariant: bool) -> None:
     shape = Shape(32, 8, 128)
     for rows in ([(1, 100), (1, 0), (1, 900), (0, 0)], [(30, 100), (4, 0), (1, 900), (0, 0)]):
         batch = make_batch(shape, rows, spare_tokens=3)
-        out = run(batch)
+        out = run(batch, batch_invariant=batch_invariant)
         assert_close(out, batch)
         assert (out[-3:] == 0).all()
 
@@ -113,7 +78,8 @@ def test_repeats_bit_for_bit_with_a_reused_workspace() -> None:
         assert all(torch.equal(first, run(batch, workspace)) for _ in range(20))
 
 
-def test_one_graph_serves_any_lengths() -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_one_graph_serves_any_lengths(batch_invariant: bool) -> None:
     shape = Shape(16, 8, 128)
     batch = make_batch(shape, [(1, 4000), (1, 3000), (1, 17)])
     workspace = workspace_for(shape)
@@ -122,7 +88,8 @@ def test_one_graph_serves_any_lengths() -> None:
     def launch() -> None:
         tables, starts = batch.block_tables, batch.query_start_loc
         caches = (batch.k_cache, batch.v_cache)
-        ops.paged_attention(out, batch.q, *caches, tables, starts, batch.seq_lens, 1, batch.scale, workspace)
+        lengths, scale = batch.seq_lens, batch.scale
+        ops.paged_attention(out, batch.q, *caches, tables, starts, lengths, 1, scale, workspace, batch_invariant)
 
     launch()
     torch.cuda.synchronize()
