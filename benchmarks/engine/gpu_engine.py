@@ -27,12 +27,12 @@ TITLES = {"llama8b": "Llama-3.1-8B shape", "qwen06b": "Qwen3-0.6B shape"}
 CONTEXT = 128 + 16 + DECODED / 2  # of the decode steps, on average
 
 
-def figures(engine: str, shape: str, vllm: Path | None) -> dict[str, float]:
-    """What `benchmarks.peers.gpu_worker` prints for an engine, in a process of its own."""
+def figures(engine: str, shape: str, vllm: Path | None, *options: str) -> dict[str, float]:
+    """What `benchmarks.peers.gpu_worker` prints for an engine with these options, in a process of its own."""
     environment = dict(os.environ)
     if engine == "vllm" and vllm is not None:
         environment["PYTHONPATH"] = f"{vllm}:{report.ROOT}"
-    command = [sys.executable, "-m", "benchmarks.peers.gpu_worker", engine, shape]
+    command = [sys.executable, "-m", "benchmarks.peers.gpu_worker", engine, shape, *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"{engine}, {shape}:\n{result.stderr[-4000:]}")

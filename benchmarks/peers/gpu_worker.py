@@ -1,6 +1,6 @@
 """Measures an engine with vLLM's offline interface on a GPU, in a process of its own: figures go to standard output as JSON.
 
-Usage: python -m benchmarks.peers.gpu_worker {pagedcore,vllm} {llama8b,qwen06b} [--quick]
+Usage: python -m benchmarks.peers.gpu_worker {pagedcore,vllm} {llama8b,qwen06b} [--quick] [--steps] [--batch-invariant]
 
 Random weights of a published shape, token ids in, token ids out, prefix caching off, at most 256 sequences of 4096 tokens.
 """
@@ -62,6 +62,8 @@ SHAPES: dict[str, dict[str, Any]] = {"llama8b": LLAMA_8B, "qwen06b": QWEN3_06B}
 BATCHES = (1, 8, 32, 128, 256)
 PROMPT_LENGTHS = (512, 2048)
 DECODED = 256  # tokens over which a decode step is averaged
+DECODED_IN_STEPS = 96  # the same, where only steps are measured
+LONG_BATCH, LONG_CONTEXT = 4, 3600
 
 VLLM_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -74,7 +76,8 @@ VLLM_SETTINGS = {
 class Engine:
     """An engine under measurement."""
 
-    def __init__(self, name: str, shape: str) -> None:
+    def __init__(self, name: str, shape: str, **arguments: Any) -> None:
+        """arguments: of the engine, beside those that all are measured with."""
         os.environ.update(VLLM_SETTINGS)
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
@@ -92,6 +95,7 @@ class Engine:
             seed=0,
             max_num_seqs=256,
             disable_log_stats=True,
+            **arguments,
         )
         self.start_seconds = time.perf_counter() - start
 
@@ -107,16 +111,25 @@ class Engine:
         return time.perf_counter() - start
 
 
-def measure(engine: Engine, quick: bool) -> dict[str, float]:
-    """Figures by name; times in milliseconds, throughputs in output tokens per second."""
-    figures = {"start-up, s": engine.start_seconds}
+def decode_step(engine: Engine, batch: int, prompt: int, decoded: int) -> float:
+    """Milliseconds, averaged over the tokens decoded behind the first 16 of prompts of a length."""
+    short = engine.run([prompt] * batch, [16] * batch)
+    long = engine.run([prompt] * batch, [16 + decoded] * batch)
+    return (long - short) / decoded * 1e3
+
+
+def measure_steps(engine: Engine, decoded: int) -> dict[str, float]:
+    """Milliseconds of decode steps and of first tokens, by name."""
     engine.run([64] * 8, [16] * 8)
-    for batch in BATCHES:
-        short = engine.run([128] * batch, [16] * batch)
-        long = engine.run([128] * batch, [16 + DECODED] * batch)
-        figures[f"decode step, batch {batch}"] = (long - short) / DECODED * 1e3
+    figures = {f"decode step, batch {batch}": decode_step(engine, batch, 128, decoded) for batch in BATCHES}
     for length in PROMPT_LENGTHS:
         figures[f"first token of {length}"] = min(engine.run([length], [1]) for _ in range(3)) * 1e3
+    return figures
+
+
+def measure(engine: Engine, quick: bool) -> dict[str, float]:
+    """Figures by name; times in milliseconds, throughputs in output tokens per second."""
+    figures = {"start-up, s": engine.start_seconds} | measure_steps(engine, DECODED)
     rng = random.Random(0)
     input_lens = [rng.randint(100, 1024) for _ in range(256)]
     output_lens = [rng.randint(100, 1024) for _ in range(256)]
@@ -131,9 +144,21 @@ def main() -> None:
     parser.add_argument("engine", choices=("pagedcore", "vllm"))
     parser.add_argument("shape", choices=tuple(SHAPES))
     parser.add_argument("--quick", action="store_true", help="greedy only")
+    parser.add_argument(
+        "--steps", action="store_true", help="steps and first tokens only, of fewer tokens, and of a long context"
+    )
+    parser.add_argument("--batch-invariant", action="store_true", help="pagedcore's mode of that name")
     arguments = parser.parse_args()
-    engine = Engine(arguments.engine, arguments.shape)
-    print(json.dumps(measure(engine, arguments.quick)), flush=True)
+    engine = Engine(
+        arguments.engine, arguments.shape, **({"batch_invariant": True} if arguments.batch_invariant else {})
+    )
+    if arguments.steps:
+        figures = measure_steps(engine, DECODED_IN_STEPS)
+        long = decode_step(engine, LONG_BATCH, LONG_CONTEXT, DECODED_IN_STEPS)
+        figures[f"decode step, batch {LONG_BATCH}, context of {LONG_CONTEXT}"] = long
+    else:
+        figures = measure(engine, arguments.quick)
+    print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pagedcore import LLM, SamplingParams, TokensPrompt
@@ -29,19 +30,21 @@ class Schedule:
     swaps: bool = False
     twice: bool = False  # the prompts come again, and are found in the prefix cache
     is_quick: bool = True  # runs with the tests; the others differ little from one that does
+    on_gpu: bool = True  # a GPU has something to show for it
 
 
+RECOMPUTED = {"num_gpu_blocks_override": 60, "preemption_mode": "recompute"}
 WITHOUT_GRAPHS = Schedule("without graphs", {"enforce_eager": True})
 SCHEDULES = (
     Schedule("batched"),
     Schedule("chunks of 16", {"max_num_batched_tokens": 16}, is_quick=False),
     Schedule("chunks of 37", {"max_num_batched_tokens": 37}),
-    Schedule("blocks of 1", {"block_size": 1, "num_gpu_blocks_override": 4096}),
+    Schedule("blocks of 1", {"block_size": 1, "num_gpu_blocks_override": 4096}, on_gpu=False),
     Schedule("blocks of 64", {"block_size": 64, "num_gpu_blocks_override": 64}, is_quick=False),
     Schedule("prefix cache", twice=True, is_quick=False),
     Schedule("prefix cache, chunks of 37", {"max_num_batched_tokens": 37}, twice=True),
-    Schedule("recomputed", {"num_gpu_blocks_override": 60, "enable_prefix_caching": False}, preempts=True),
-    Schedule("recomputed, prefix cache", {"num_gpu_blocks_override": 60}, preempts=True, is_quick=False),
+    Schedule("recomputed", RECOMPUTED | {"enable_prefix_caching": False}, preempts=True),
+    Schedule("recomputed, prefix cache", RECOMPUTED, preempts=True, is_quick=False),
     Schedule(
         "swapped",
         {"num_gpu_blocks_override": 60, "swap_space": 0.1, "preemption_mode": "swap", "enable_prefix_caching": False},
@@ -50,7 +53,7 @@ SCHEDULES = (
     ),
     Schedule("one step at a time", {"async_scheduling": False}, is_quick=False),
     WITHOUT_GRAPHS,
-    Schedule("one thread", {"num_threads": 1}),
+    Schedule("one thread", {"num_threads": 1}, on_gpu=False),
 )
 
 
@@ -90,8 +93,8 @@ def parameters() -> list[SamplingParams]:
     ]
 
 
-def make_llm(dtype: str, **arguments: Any) -> LLM:
-    """The default model in a mode that promises equal bits."""
+def make_llm(dtype: str, model: Path | None, **arguments: Any) -> LLM:
+    """A model (None: the default one) in a mode that promises equal bits, unless the arguments say otherwise."""
     settings: dict[str, Any] = {
         "batch_invariant": True,
         "dtype": dtype,
@@ -102,20 +105,20 @@ def make_llm(dtype: str, **arguments: Any) -> LLM:
         "max_logprobs": NUM_LOGPROBS,
         "num_gpu_blocks_override": 256,
     }
-    return LLM(model=str(ensure_default_model()), **(settings | arguments))
+    return LLM(model=str(model or ensure_default_model()), **(settings | arguments))
 
 
-def alone(dtype: str) -> Positions:
-    """Every request by itself in an engine that keeps nothing of the others."""
-    llm = make_llm(dtype, enable_prefix_caching=False)
+def alone(dtype: str, model: Path | None = None, **arguments: Any) -> Positions:
+    """Every request by itself in an engine, with these arguments, that keeps nothing of the others."""
+    llm = make_llm(dtype, model, enable_prefix_caching=False, **arguments)
     result = [_generate(llm, [number])[0] for number in range(len(LENGTHS))]
     llm.shutdown()
     return result
 
 
-def under(schedule: Schedule, dtype: str) -> list[Positions]:
+def under(schedule: Schedule, dtype: str, model: Path | None = None, **arguments: Any) -> list[Positions]:
     """All requests together, once or twice. Raises AssertionError where the schedule was not what it is named for."""
-    llm = make_llm(dtype, **schedule.arguments)
+    llm = make_llm(dtype, model, **(schedule.arguments | arguments))
     everything = range(len(LENGTHS))
     rounds = [_generate(llm, everything)]
     hits = llm.stats().prefix_cache_hits_total

@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from pagedcore import LLM, SamplingParams
+from pagedcore import LLM, SamplingParams, ops
 from pagedcore.config import EngineConfig
 from pagedcore.errors import ConfigError
 from pagedcore.execution.cuda import CudaExecutor, captured_sizes, cuda_dtype
+from pagedcore.execution.invariance import bits_are_alike
 from pagedcore.execution.kv_cache import GRAPH_BYTES, MemoryPlan, plan_gpu_memory
-from pagedcore.models.config import ModelConfig
 from pagedcore.serve.default_model import ensure_default_model
 from tests.models import tiny
 
@@ -61,11 +61,16 @@ def test_dtype_on_a_gpu() -> None:
         cuda_dtype("float32", "float32")
 
 
-def test_batch_invariance_is_not_promised_on_a_gpu(tmp_path: Path) -> None:
-    tiny.make("llama", tmp_path)
-    config = EngineConfig(model=str(tmp_path), batch_invariant=True)
-    with pytest.raises(ConfigError, match=r"batch_invariant must be false on a GPU, got True"):
-        CudaExecutor(config, ModelConfig.from_folder(tmp_path), tmp_path, 64, 64)
+def test_equal_rows_are_told_from_rows_that_round_otherwise() -> None:
+    """Bits, not values: two NaN of the same bits are alike, and the zeros are not."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rows = torch.tensor([1.5, float("nan"), 0.0, -3.0], dtype=dtype).repeat(256, 1)
+        assert bits_are_alike(rows)
+        other = rows.clone()
+        other[255, 2] = -0.0
+        assert not bits_are_alike(other)
+        rows[128, 3] = torch.nextafter(rows[128, 3], torch.zeros((), dtype=dtype))
+        assert not bits_are_alike(rows)
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
@@ -118,10 +123,12 @@ def _generate(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> lis
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "llama-biases", "opt", "opt-350m"])
-def test_logprobs_are_as_near_as_transformers_own(variant: str, tmp_path: Path) -> None:
+def test_logprobs_are_as_near_as_transformers_own(variant: str, batch_invariant: bool, tmp_path: Path) -> None:
     reference = tiny.make(variant, tmp_path, **(OPT_SHAPE if variant.startswith("opt") else SHAPE))
-    llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, max_num_seqs=16, kv_cache_memory_bytes=1 << 26)
+    arguments: dict[str, Any] = {"max_num_seqs": 16, "kv_cache_memory_bytes": 1 << 26}
+    llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, batch_invariant=batch_invariant, **arguments)
     prompts = _prompts(12)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=20, ignore_eos=True)
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).cuda()
@@ -142,7 +149,13 @@ def test_logprobs_are_as_near_as_transformers_own(variant: str, tmp_path: Path) 
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "opt", "opt-350m"])
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 16}, {"max_num_batched_tokens": 1, "max_num_seqs": 1}],
+    [
+        {},
+        {"enforce_eager": True},
+        {"max_num_batched_tokens": 16},
+        {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+        {"batch_invariant": True},
+    ],
 )
 def test_prompt_logprobs_are_as_near_as_transformers_own(
     variant: str, arguments: dict[str, Any], tmp_path: Path
@@ -274,9 +287,31 @@ def test_tokens_do_not_depend_on_pool_or_one_step_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_the_memory_plan_adds_up_and_nothing_is_allocated_later(tmp_path: Path) -> None:
+def test_a_library_that_computes_rows_in_different_ways_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inverse control of what `batch_invariant` tries at the start: some rows' sums are cut in two."""
     tiny.make("llama", tmp_path, **SHAPE)
-    llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, max_num_seqs=64, gpu_memory_utilization=0.5)
+    whole = ops.invariant_linear
+
+    def split(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+        middle = x.shape[1] // 2
+        whole(x, weight, bias, out)[129:] = (x[129:, :middle] @ weight[:, :middle].t()) + (
+            x[129:, middle:] @ weight[:, middle:].t()
+        )
+        return out
+
+    monkeypatch.setattr(ops, "invariant_linear", split)
+    with pytest.raises(ConfigError, match=r"batch_invariant must be false here: .* self_attn.qkv_proj \[768, 256\]"):
+        LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, batch_invariant=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_the_memory_plan_adds_up_and_nothing_is_allocated_later(batch_invariant: bool, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path, **SHAPE)
+    arguments: dict[str, Any] = {"max_num_seqs": 64, "gpu_memory_utilization": 0.5}
+    llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, batch_invariant=batch_invariant, **arguments)
     plan = _executor(llm).memory
     parts = (
         plan.weights,
