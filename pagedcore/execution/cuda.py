@@ -203,6 +203,10 @@ class CudaExecutor:
         self._enqueuer = ops.StepEnqueuer(
             inputs.packed, self._host_buffers, inputs.last_token_ids, self._drawn, self._stream.cuda_stream
         )
+        self.memory: MemoryPlan = plan.with_graphs(self._capture_steps())
+
+    def _capture_steps(self) -> int:
+        """Capture steps of all sizes; returns the bytes that the graphs take."""
         before, _ = torch.cuda.mem_get_info(self._device)
         pool = torch.cuda.graph_pool_handle()
         for num_tokens in reversed(self.step_sizes.prefill_tokens):
@@ -213,7 +217,7 @@ class CudaExecutor:
             self._run_padding(num_rows, 1, 1)
             self._step.capture(num_rows, num_rows, True, pool)
         after, _ = torch.cuda.mem_get_info(self._device)
-        self.memory: MemoryPlan = plan.with_graphs(before - after)
+        return before - after
 
     def _run_padding(self, num_rows: int, query_len: int, seq_len: int) -> None:
         """Run a step of rows that write nothing and attend to block 0, or, where seq_len is 0, to nothing."""
