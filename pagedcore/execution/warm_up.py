@@ -21,7 +21,7 @@ from pagedcore.execution.sampler import Extras, apply_extras
 # Tokens of a step's penalized rows for which there is memory from the start, some hundred bytes for each. More would be all
 # rows at lengths at which no KV cache holds so many.
 PENALIZED_TOKENS = 1 << 20
-_PINNED_SIZES = tuple(1 << power for power in range(9, 23))  # torch keeps pinned memory by powers of two
+_PINNED_SIZES = tuple(1 << power for power in range(22))  # torch keeps pinned memory by powers of two
 _PINNED_AT_ONCE = 12  # results of three steps
 
 

@@ -302,7 +302,7 @@ def test_a_library_that_computes_rows_in_different_ways_is_not_trusted(
         return out
 
     monkeypatch.setattr(ops, "invariant_linear", split)
-    with pytest.raises(ConfigError, match=r"batch_invariant must be false here: .* self_attn.qkv_proj \[768, 256\]"):
+    with pytest.raises(ConfigError, match=r"batch_invariant must be false here: .*self_attn.qkv_proj \[768, 256\]"):
         LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, batch_invariant=True)
 
 
@@ -331,7 +331,7 @@ def test_the_memory_plan_adds_up_and_nothing_is_allocated_later(batch_invariant:
         {},
         {"logprobs": 3, "presence_penalty": 0.5},
         {"logprobs": 20, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
-        {"logit_bias": {5: 1.5, 6: -100.0}, "allowed_token_ids": [*range(5, 200)]},
+        {"logit_bias": {5: 1.5, 6: -100.0}, "allowed_token_ids": [*range(5, 100)]},
         {"prompt_logprobs": 5},
         {"min_tokens": 5, "stop_token_ids": [3, 4]},
         {"n": 3},
