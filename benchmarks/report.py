@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,10 +82,11 @@ def machine() -> str:
     text = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory} GiB"
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return text
-    return f"{text}; {gpus}"
+    gpus = (f"{count} x {gpu}" if count > 1 else gpu for gpu, count in Counter(lines).items())
+    return "; ".join((text, *gpus))
 
 
 def current_commit() -> str:

@@ -287,6 +287,27 @@ def test_tokens_do_not_depend_on_pool_or_one_step_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device_index", range(max(torch.cuda.device_count(), 1)))
+def test_the_engine_runs_on_the_device_that_it_is_given(device_index: int, tmp_path: Path) -> None:
+    """Captured steps, steps with prompts in them and draws with extras, as on the first device; the others are left alone."""
+    tiny.make("llama", tmp_path, **SHAPE, initializer_range=0.4)
+    arguments: dict[str, Any] = {"dtype": "float16", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 26}
+    prompts = _prompts(8, 3)
+    params = [
+        SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=2 if i % 2 else None) for i in range(8)
+    ]
+    results = []
+    for index in (0, device_index):
+        others = [other for other in range(torch.cuda.device_count()) if other != index]
+        before = [torch.cuda.mem_get_info(other)[0] for other in others]
+        llm = LLM(str(tmp_path), device="cuda", device_index=index, max_num_seqs=8, **arguments)
+        results.append(_generate(llm, prompts, params))
+        assert [torch.cuda.mem_get_info(other)[0] for other in others] == before
+        llm.shutdown()
+    assert results[0] == results[1]
+
+
+@pytest.mark.gpu
 def test_a_library_that_computes_rows_in_different_ways_is_not_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
