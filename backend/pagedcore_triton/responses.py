@@ -133,7 +133,21 @@ class ResponseStream:
 
     def push(self, output: TokenOutput) -> None:
         """Take an output from the engine; returns at once."""
+        if output.finish_reason is None and output.prompt_logprobs is None:
+            self._pending[output.index].append(output)
+            if self._in_line:  # as most are under load: their lane looks for more once they have left the line
+                return
+        else:
+            self._take(output)
+        with self._lining_up:
+            if not self._has_response() or (self._in_line and not self._is_ending()):
+                return
+            self._in_line = True
         assert self.lane is not None
+        self.lane.put(self)
+
+    def _take(self, output: TokenOutput) -> None:
+        """Take an output that tells more than the next token."""
         if output.prompt_logprobs is not None and self._prompt is not None:
             self._prompt.take(output.prompt_logprobs)
         with self._lining_up:
@@ -142,10 +156,6 @@ class ResponseStream:
             else:
                 self._pending[output.index].append(output)
                 self._num_open -= output.finish_reason is not None
-            if not self._has_response() or (self._in_line and not self._is_ending()):
-                return
-            self._in_line = True
-        self.lane.put(self)
 
     def refuse(self, error: Exception) -> None:
         """Answer a request that the engine did not take. Nothing has been or will be pushed."""
@@ -169,6 +179,9 @@ class ResponseStream:
             engine.abort(self.request_id)
             self._fail(*error_of(error))
         with self._lining_up:
+            self._in_line = (
+                False  # before what is pending is looked at: who pushes to a stream in line does not come here
+            )
             self._in_line = not self._closed and self._has_response()
             return self._in_line
 

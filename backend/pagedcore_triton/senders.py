@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from pagedcore_triton.cancellation import CancellationPoller
 from pagedcore_triton.responses import EngineControl, ResponseStream
@@ -47,15 +47,13 @@ class Lane:
 
     def _next(self) -> ResponseStream | None:
         """The stream whose turn it is; None when the lane is to end."""
-        try:
-            while True:
-                stream = self._inbox.get(block=not (self._urgent or self._rest))
-                if stream is None:
-                    self._inbox.put(None)  # for the next turn: what is in line goes first
-                    break
-                self._line_up(stream)
-        except Empty:
-            pass
+        inbox = self._inbox
+        while not (inbox.empty() and (self._urgent or self._rest)):
+            stream = inbox.get()
+            if stream is None:
+                inbox.put(None)  # for the next turn: what is in line goes first
+                break
+            self._line_up(stream)
         line = self._urgent or self._rest
         if not line:
             return None

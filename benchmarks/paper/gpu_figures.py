@@ -38,11 +38,20 @@ def write(measured: dict[str, Record], simulated: list[report.Row]) -> None:
         elif part in draw:
             rows += draw[part](record)
     if rows:
-        sources = [record.source for record in measured.values()]
-        commands = dict.fromkeys(source.command for source in sources)
-        last = max(sources, key=lambda source: source.date)
-        source = report.Source(last.machine, last.date, last.commit, " && ".join(commands))
-        report.write("paper_gpu", rows, NOTES, source)
+        report.write("paper_gpu", rows, NOTES, _source(measured))
+
+
+def _source(measured: Mapping[str, Record]) -> report.Source:
+    """Where and from what it was measured: which parts on which machine, where there was more than one."""
+    parts: dict[tuple[str, str], list[str]] = {}
+    for part, record in measured.items():
+        parts.setdefault((record.source.machine, record.source.commit), []).append(part)
+    machines = [f"{', '.join(of)}: {machine} (commit {commit})" for (machine, commit), of in parts.items()]
+    sources = [record.source for record in measured.values()]
+    last = max(sources, key=lambda source: source.date)
+    commands = dict.fromkeys(source.command for source in sources)
+    machine = last.machine if len(machines) == 1 else "; ".join(machines)
+    return report.Source(machine, last.date, last.commit, " && ".join(commands))
 
 
 def rates(part: str, record: Record) -> list[report.Row]:

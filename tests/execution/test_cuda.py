@@ -289,9 +289,10 @@ def test_tokens_do_not_depend_on_pool_or_one_step_ahead(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("device_index", range(max(torch.cuda.device_count(), 1)))
 def test_the_engine_runs_on_the_device_that_it_is_given(device_index: int, tmp_path: Path) -> None:
-    """Captured steps, steps with prompts in them and draws with extras, as on the first device; the others are left alone."""
+    """Captured steps, steps with prompts in them and draws with extras, as on the first device; the others hold next to nothing:
+    pinned memory is mapped by all."""
     tiny.make("llama", tmp_path, **SHAPE, initializer_range=0.4)
-    arguments: dict[str, Any] = {"dtype": "float16", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 26}
+    arguments: dict[str, Any] = {"dtype": "float16", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 30}
     prompts = _prompts(8, 3)
     params = [
         SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=2 if i % 2 else None) for i in range(8)
@@ -302,7 +303,8 @@ def test_the_engine_runs_on_the_device_that_it_is_given(device_index: int, tmp_p
         before = [torch.cuda.mem_get_info(other)[0] for other in others]
         llm = LLM(str(tmp_path), device="cuda", device_index=index, max_num_seqs=8, **arguments)
         results.append(_generate(llm, prompts, params))
-        assert [torch.cuda.mem_get_info(other)[0] for other in others] == before
+        for other, free_bytes in zip(others, before, strict=True):
+            assert free_bytes - torch.cuda.mem_get_info(other)[0] < 1 << 28
         llm.shutdown()
     assert results[0] == results[1]
 
