@@ -57,6 +57,8 @@ def _source(measured: Mapping[str, Record]) -> report.Source:
 def rates(part: str, record: Record) -> list[report.Row]:
     """What each system sustains, and its latency at rates around that."""
     panels = [panel for panel in PANELS[part]() if _sustained(record, panel.name)]
+    if part == "fig14":
+        panels.sort(key=lambda panel: panel.name.split()[::-1])  # not in the order in which they are measured
     title = f"gpu {FIGURES[part]}"
     rows = []
     with plots.figure(_name(title), columns=max(min(len(panels), 3), 1), rows=-(-len(panels) // 3) or 1) as axes:

@@ -1,7 +1,9 @@
 """Output tokens per second through tritonserver on a GPU machine, beside the engine's own without a server, in one run.
 
 Usage: python -m benchmarks.server.gpu_server --tokenizer FOLDER [--shapes llama8b,qwen06b] [--tritonserver FILE]
-    [--perf-analyzer FILE] [--name h100_server]
+    [--perf-analyzer FILE] [--vllm-backend FOLDER --vllm FOLDER] [--name h100_server]
+
+With the `src` folder of the official vllm_backend, and one with vLLM and what it needs, that is measured in its turn, too.
 
 Random weights of a published shape with the vocabulary of the tokenizer in FOLDER (49,152 for SmolLM2's). perf_analyzer is
 the client: gRPC streams in a closed loop, one prompt of about 110 tokens, 256 tokens out on average, prefix caching off. The
@@ -18,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.peers import vllm_backend
 from benchmarks.peers.gpu_worker import SHAPES
 from benchmarks.server.closed_loop import Load, engine_load, server_load
 from pagedcore.build import build_engine
@@ -39,6 +42,11 @@ ENGINE = {
     "enable_prefix_caching": False,
     "kv_cache_memory_bytes": 15 << 30,
 }
+VLLM = {name: value for name, value in ENGINE.items() if name != "kv_cache_memory_bytes"} | {
+    "gpu_memory_utilization": 0.6,  # what our engine here held is not all given back
+    "disable_log_stats": True,
+}
+READY_SECONDS = 240  # vLLM compiles for more than one minute
 
 
 def write_model(folder: Path, shape: str, tokenizer: Path) -> Path:
@@ -64,21 +72,39 @@ def write_repository(folder: Path, shape: str, model: Path) -> Path:
     return target.parent
 
 
-def rows_of(shape: str, streams: int, engine: Load, server: Load) -> list[report.Row]:
+def rows_of(shape: str, streams: int, engine: Load, server: Load, official: Load | None) -> list[report.Row]:
     """Figures of one concurrency."""
-    title, peer = f"{TITLES[shape]}, {streams} streams", "own engine, no server"
-    rate = (server.tokens_per_second, "tok/s", peer, engine.tokens_per_second)
-    first = (server.first_token_ms, "ms", peer, engine.first_token_ms)
+    title = f"{TITLES[shape]}, {streams} streams"
+    rows = []
+    for peer, other in (("own engine, no server", engine), (vllm_backend.NAME, official)):
+        if other is None:
+            continue
+        rate = (server.tokens_per_second, "tok/s", peer, other.tokens_per_second)
+        first = (server.first_token_ms, "ms", peer, other.first_token_ms)
+        rows.append(report.row(f"{title}, output", *rate, higher_is_better=True))
+        rows.append(report.row(f"{title}, first token (median)", *first, higher_is_better=False))
     merged = (server.tokens_per_response, "tokens", "one token a response", 1.0)
-    return [
-        report.row(f"{title}, output", *rate, higher_is_better=True),
-        report.row(f"{title}, first token (median)", *first, higher_is_better=False),
-        report.row(f"{title}, tokens a response (median)", *merged, higher_is_better=False),
-    ]
+    return [*rows, report.row(f"{title}, tokens a response (median)", *merged, higher_is_better=False)]
+
+
+def serve(repository: Path, title: str, arguments: argparse.Namespace, folder: Path) -> dict[int, Load]:
+    """A repository's model under every concurrency."""
+    loads = {}
+    installation = ensure_tritonserver(arguments.tritonserver)
+    with TritonServer(
+        repository, installation=installation, log_path=folder / f"{title}.log", ready_timeout=READY_SECONDS
+    ) as server:
+        for streams in STREAMS:
+            url = server.grpc_url
+            loads[streams] = server_load(
+                arguments.perf_analyzer, url, "llm", PROMPT, streams, ROUNDS, OUTPUT_TOKENS, folder
+            )
+            print(f"{title}, {streams} streams: {loads[streams]}", flush=True)
+    return loads
 
 
 def measure(shape: str, arguments: argparse.Namespace, folder: Path) -> list[report.Row]:
-    """All concurrencies of one model: the engine alone, then through the server."""
+    """All concurrencies of one model: the engine alone, then through the server, then the official backend."""
     model = write_model(folder, shape, arguments.tokenizer)
     loaded = build_engine(EngineConfig.from_dict({"model": str(model), **ENGINE}))
     assert loaded.tokenizer is not None
@@ -89,19 +115,17 @@ def measure(shape: str, arguments: argparse.Namespace, folder: Path) -> list[rep
         alone[streams] = engine_load(loaded.engine, prompt, streams, ROUNDS, OUTPUT_TOKENS)
         print(f"{shape}, {streams} streams, engine: {alone[streams]}", flush=True)
     loaded.shutdown()
-    rows = []
-    installation = ensure_tritonserver(arguments.tritonserver)
-    log = folder / f"{shape}.log"
-    with TritonServer(
-        write_repository(folder, shape, model), installation=installation, log_path=log, ready_timeout=120
-    ) as server:
-        for streams in STREAMS:
-            served = server_load(
-                arguments.perf_analyzer, server.grpc_url, "llm", PROMPT, streams, ROUNDS, OUTPUT_TOKENS, folder
-            )
-            print(f"{shape}, {streams} streams, server: {served}", flush=True)
-            rows += rows_of(shape, streams, alone[streams], served)
-    return rows
+    served = serve(write_repository(folder, shape, model), shape, arguments, folder)
+    official: dict[int, Load] = {}
+    if arguments.vllm_backend is not None:
+        paths = (folder / f"official-{shape}", arguments.vllm_backend, arguments.vllm)
+        repository = vllm_backend.write_repository(*paths, {"model": str(model), **VLLM})
+        official = serve(repository, f"{shape}-{vllm_backend.NAME}", arguments, folder)
+    return [
+        row
+        for streams in STREAMS
+        for row in rows_of(shape, streams, alone[streams], served[streams], official.get(streams))
+    ]
 
 
 def main() -> None:
@@ -110,8 +134,12 @@ def main() -> None:
     parser.add_argument("--shapes", default="llama8b,qwen06b")
     parser.add_argument("--tritonserver", type=Path)
     parser.add_argument("--perf-analyzer", type=Path, default=Path("perf_analyzer"))
+    parser.add_argument("--vllm-backend", type=Path, help="its `src` folder")
+    parser.add_argument("--vllm", type=Path, help="folder with vLLM 0.26 and what it needs")
     parser.add_argument("--name", default="h100_server", help="of the result file")
     arguments = parser.parse_args()
+    if (arguments.vllm_backend is None) != (arguments.vllm is None):
+        parser.error("--vllm-backend and --vllm belong together")
     rows: list[report.Row] = []
     with tempfile.TemporaryDirectory() as name:
         for shape in arguments.shapes.split(","):

@@ -1,0 +1,31 @@
+"""A model repository for the official vllm_backend, run by the same tritonserver as ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+NAME = "vllm_backend"
+
+# Triton's stub knows nothing of the environment that vLLM is in, nor of the backend's own folder.
+_MODEL_PY = """import sys
+sys.path[:0] = [{vllm!r}, {source!r}]
+with open({path!r}, encoding="utf-8") as file:
+    exec(compile(file.read(), {path!r}, "exec"))
+"""
+_CONFIG = 'backend: "python"\ninstance_group [{ count: 1 kind: KIND_MODEL }]\n'
+
+
+def write_repository(folder: Path, source: Path, vllm: Path, arguments: dict[str, Any]) -> Path:
+    """One model, `llm`, of these vLLM arguments; returns the repository.
+
+    source: the `src` folder of a checkout of vllm_backend. vllm: a folder with vLLM and what it needs (pip install --target).
+    """
+    version = folder / "llm" / "1"
+    version.mkdir(parents=True)
+    (folder / "llm" / "config.pbtxt").write_text(_CONFIG, encoding="utf-8")
+    (version / "model.json").write_text(json.dumps(arguments), encoding="utf-8")
+    paths = {"vllm": str(vllm.resolve()), "source": str(source.resolve()), "path": str((source / "model.py").resolve())}
+    (version / "model.py").write_text(_MODEL_PY.format(**paths), encoding="utf-8")
+    return folder
