@@ -57,17 +57,20 @@ def draw_engine() -> None:
 
 
 def draw_server() -> None:
-    """Throughput against concurrency: the engine, and through the server."""
+    """Throughput against concurrency: the engine, through the server, and the official backend, where it was measured."""
     rows = load("h100_server")
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for panel, shape in zip(panels, SHAPES, strict=True):
-        values = series(rows, rf"{re.escape(shape)}, (\d+) streams, output", "own engine, no server")
-        panel.plot(
-            list(values), [pair[1] for pair in values.values()], "o-", color="#1b6ca8", label="engine, no server"
+        pattern = rf"{re.escape(shape)}, (\d+) streams, output"
+        values, official = series(rows, pattern, "own engine, no server"), series(rows, pattern, "vllm_backend")
+        lines = (
+            ("engine, no server", values, 1, "o-", "#1b6ca8"),
+            ("through tritonserver", values, 0, "s--", "#3a9d5d"),
+            ("vllm_backend", official, 1, "^-", "#e07b39"),
         )
-        panel.plot(
-            list(values), [pair[0] for pair in values.values()], "s--", color="#3a9d5d", label="through tritonserver"
-        )
+        for label, of, which, style, colour in lines:
+            if of:
+                panel.plot(list(of), [pair[which] for pair in of.values()], style, color=colour, label=label)
         panel.set(title=shape, xlabel="concurrent streams", ylabel="output tokens/s", ylim=(0, None))
         panel.set_xticks(list(values))
         panel.legend(frameon=False)

