@@ -11,8 +11,9 @@ from typing import Any
 from benchmarks.paper.workloads import AZURE, MOONCAKE, SHAREGPT_8K
 from tests.triton.bad_inputs import BAD_INPUTS
 
-LENGTH_SCALE = 16  # the traces' lengths are divided by it: their shape is kept, and a small machine gets through many
-MAX_PROMPT_WORDS, MAX_OUTPUT_TOKENS = 120, 64
+# The traces' lengths are divided by it: their shape is kept, and a small machine gets through many.
+LENGTH_SCALE = 16
+MAX_PROMPT_WORDS, MAX_OUTPUT_TOKENS = 1920, 1024  # before that
 CANCELLED, BAD, SLOW, CANARIES = 0.05, 0.02, 0.01, 0.02  # shares of all requests
 NUM_PREFIXES = 8
 _WORDS = (
@@ -87,6 +88,7 @@ class Traffic:
     """An endless sequence of requests; the same for the same seed."""
 
     seed: int
+    length_scale: int = LENGTH_SCALE
     _random: random.Random = field(init=False)
     _lengths: list[tuple[int, int]] = field(init=False)
 
@@ -114,7 +116,7 @@ class Traffic:
     def _inputs(self, streams: bool) -> dict[str, Any]:
         rng = self._random
         prompt_tokens, output_tokens = rng.choice(self._lengths)
-        num_words = max(1, min(prompt_tokens // LENGTH_SCALE, MAX_PROMPT_WORDS))
+        num_words = max(1, min(prompt_tokens, MAX_PROMPT_WORDS) // self.length_scale)
         words = rng.choices(_WORDS, k=num_words)
         if rng.random() < 0.3:  # a beginning that others have, too
             shared = random.Random(rng.randrange(NUM_PREFIXES))
@@ -122,7 +124,7 @@ class Traffic:
         weights, kinds = zip(*_SAMPLING, strict=True)
         sampling = {
             **rng.choices(kinds, weights)[0],
-            "max_tokens": max(1, min(output_tokens // LENGTH_SCALE, MAX_OUTPUT_TOKENS)),
+            "max_tokens": max(1, min(output_tokens, MAX_OUTPUT_TOKENS) // self.length_scale),
         }
         sampling["min_tokens"] = min(sampling.get("min_tokens", 0), sampling["max_tokens"])
         text = " ".join(words)
