@@ -179,9 +179,8 @@ class ResponseStream:
             engine.abort(self.request_id)
             self._fail(*error_of(error))
         with self._lining_up:
-            self._in_line = (
-                False  # before what is pending is looked at: who pushes to a stream in line does not come here
-            )
+            # Before what is pending is looked at: who pushes to a stream in line does not wait for this.
+            self._in_line = False
             self._in_line = not self._closed and self._has_response()
             return self._in_line
 

@@ -1,7 +1,7 @@
 """Who holds the interpreter lock of the stub process, where engine, request parsing and responses share it.
 
 Usage: python -m benchmarks.server.lock_profile --tokenizer FOLDER --py-spy FILE [--shape qwen06b] [--streams 256]
-    [--rounds 12] [--tritonserver FILE] [--perf-analyzer FILE] [--name h100_lock]
+    [--rounds 12] [--tritonserver FILE] [--perf-analyzer FILE] [--name h200_lock]
 
 py-spy (pip install py-spy) looks at the stub a few hundred times a second while perf_analyzer keeps it busy as in gpu_server.py,
 and tells which Python function holds the lock, if any does.
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tritonserver", type=Path)
     parser.add_argument("--perf-analyzer", type=Path, default=Path("perf_analyzer"))
-    parser.add_argument("--name", default="h100_lock", help="of the result file")
+    parser.add_argument("--name", default="h200_lock", help="of the result file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -118,7 +118,8 @@ def main() -> None:
             counts, served = measure(server, arguments, folder)
     print(f"{served.tokens_per_second:.0f} tokens/s, {served.tokens_per_response:.1f} a response", flush=True)
     notes = (
-        f"{arguments.streams} streams as in gpu_server.py, {served.tokens_per_second:.0f} tokens/s meanwhile; py-spy, {RATE} looks "
+        f"{arguments.streams} streams as in gpu_server.py, {served.tokens_per_second:.0f} tokens/s meanwhile in "
+        f"responses of {served.tokens_per_response:.1f}; py-spy, {RATE} looks "
         f"a second for {SECONDS} s; a part's share is of the time in which a thread with it in its stack held the lock"
     )
     report.write(arguments.name, rows_of(f"{TITLES[arguments.shape]}, {arguments.streams} streams", counts), notes)

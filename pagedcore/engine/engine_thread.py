@@ -62,6 +62,7 @@ class EngineThread:
         self._clock = clock
         self._inbox: deque[Request | _Abort | _EndSequence] = deque()
         self._wake = threading.Event()
+        self._has_told_all = False  # of the end those whose requests were open
         self._lock = threading.Lock()  # guards the next five, and the way of requests from the inbox to the engine
         self._closed = False
         self._draining = False
@@ -173,8 +174,8 @@ class EngineThread:
 
     @property
     def failure(self) -> Exception | None:
-        """What the engine died of; None while it lives and after an orderly end."""
-        return self._error if self._closed else None
+        """What the engine died of; None while it lives or somebody is still to hear of it, and after an orderly end."""
+        return self._error if self._has_told_all else None
 
     def drain(self, patience: float, timeout: float = 2.0) -> None:
         """Take no more requests, let the open ones go on for `patience` seconds at most, then end them with EngineDeadError.
@@ -305,6 +306,7 @@ class EngineThread:
             self._num_posted = self._num_posted_tokens = 0
         self._deadlines.stop()
         self._open.fail_all(self._end_error())
+        self._has_told_all = True
 
     def _end_error(self) -> EngineDeadError:
         if self._error is None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,10 +137,24 @@ class CudaExecutor:
         dtype = cuda_dtype(config.dtype, model_config.dtype)
         placement = Placement(dtype, self._device, batch_invariant=config.batch_invariant)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            self._load(config, model_config, folder, placement, max_model_len, max_num_batched_tokens)
-            self._stream.synchronize()
+        self._thread = 0  # the one that launches
+        # In a thread that ends with it: torch hands its cuBLAS handle on to the next one that needs one, which is the one that
+        # launches steps, and with the handle a workspace that the memory plan has counted.
+        with ThreadPoolExecutor(1, "pagedcore-load") as loader:
+            sizes = (max_model_len, max_num_batched_tokens)
+            loader.submit(self._load_on_stream, config, model_config, folder, placement, *sizes).result()
         _logger.info("%s", self.memory)
+
+    def _load_on_stream(self, config: EngineConfig, *arguments: Any) -> None:
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                self._load(config, *arguments)
+                self._stream.synchronize()
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"max_num_batched_tokens = {arguments[-1]}, max_num_seqs = {config.max_num_seqs} and max_logprobs = "
+                f"{config.max_logprobs} are too much for the GPU beside the model: {public_text(error)}"
+            ) from error
 
     def _load(
         self,
@@ -180,7 +197,7 @@ class CudaExecutor:
         self._run_padding(min(max(max_tokens // max_model_len, 1), max_rows), query_len, query_len)
         self._run_padding(max_rows, 1, 1)
         reserved = torch.cuda.memory_reserved(self._device)
-        allocate_for_draws(activations.logits, max_model_len, config.max_logprobs)
+        allocate_for_draws(activations.logits, max_tokens, max_model_len, config.max_logprobs)
         draws = torch.cuda.memory_reserved(self._device) - reserved
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         plan = plan_gpu_memory(
@@ -238,6 +255,9 @@ class CudaExecutor:
     def launch(self, plan: StepPlan) -> CudaPendingStep | FailedStep:
         """Enqueue a step; what goes wrong comes out of its `wait`."""
         header = Header(*plan.buffer[: len(Header._fields)].tolist())
+        if self._thread != threading.get_ident():
+            torch.cuda.set_device(self._device)  # lest what does not name a device sets one up on the first
+            self._thread = threading.get_ident()
         try:
             captured = self._step.captured(header) if _is_plain(header) else None
             if captured is not None:

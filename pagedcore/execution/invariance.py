@@ -37,6 +37,7 @@ def check_linear_layers(model: CausalLM, placement: Placement) -> None:
                 f"batch_invariant must be false here: the GPU's library computes the rows of a product with {name} "
                 f"[{out_features}, {in_features}] in different ways"
             )
+        del row, x, out
     torch.cuda.empty_cache()  # what was tried is in nobody's plan
 
 

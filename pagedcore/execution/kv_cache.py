@@ -162,7 +162,8 @@ def plan_gpu_memory(
         raise ConfigError(
             f"gpu_memory_utilization must leave room for a KV cache: {config.gpu_memory_utilization} of "
             f"{total_bytes / 2**30:,.1f} GiB is {(block - share) / 2**30:,.2f} GiB less than the model "
-            f"({used_bytes / 2**30:,.1f} GiB in use, {weights / 2**30:,.1f} GiB of it weights), the graphs and one block need"
+            f"({used_bytes / 2**30:,.1f} GiB in use: {weights / 2**30:,.1f} GiB of weights, "
+            f"{(activations + draws) / 2**30:,.1f} GiB of room for steps), the graphs and one block need"
         )
     num_blocks = _num_blocks(config, block, max_model_len, room, share)
     other = used_bytes - weights - activations - inputs - workspace - draws

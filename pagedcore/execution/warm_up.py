@@ -18,14 +18,14 @@ from pagedcore.engine.sampling_params import MAX_ALLOWED_TOKEN_IDS
 from pagedcore.engine.step_plan import NUM_SAMPLING_COLUMNS, Int32Array
 from pagedcore.execution.sampler import Extras, apply_extras
 
-# Tokens of a step's penalized rows for which there is memory from the start, some hundred bytes for each. More would be all
-# rows at lengths at which no KV cache holds so many.
+# Tokens of a step's penalized rows for which there is memory from the start, some hundred bytes for each. Steps with more get
+# theirs when they come.
 PENALIZED_TOKENS = 1 << 20
-_PINNED_SIZES = tuple(1 << power for power in range(22))  # torch keeps pinned memory by powers of two
 _PINNED_AT_ONCE = 12  # results of three steps
+_MAX_PINNED = 1 << 22
 
 
-def allocate_for_draws(logits: torch.Tensor, max_model_len: int, max_logprobs: int) -> None:
+def allocate_for_draws(logits: torch.Tensor, max_tokens: int, max_model_len: int, max_logprobs: int) -> None:
     """Draw as the largest steps do, and smaller ones: torch keeps the memory, so that none need be had while serving.
 
     logits: [max_rows, vocab_size] float32 on a GPU, all of a step; what is in them is lost.
@@ -36,7 +36,9 @@ def allocate_for_draws(logits: torch.Tensor, max_model_len: int, max_logprobs: i
     while divisor <= num_tokens and divisor <= 4**5:  # torch serves small and large requests from different pools
         _draw(logits, num_tokens // divisor, max(1, num_rows // divisor), max_logprobs)
         divisor *= 4
-    pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in _PINNED_SIZES * _PINNED_AT_ONCE]
+    largest = min(4 * max(num_rows, max_tokens) * max(max_logprobs, 1), _MAX_PINNED)
+    sizes = [1 << power for power in range(largest.bit_length() + 1)]  # torch keeps pinned memory by powers of two
+    pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes * _PINNED_AT_ONCE]
     del pinned
 
 

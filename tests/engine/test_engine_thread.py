@@ -137,6 +137,27 @@ def test_shutdown_ends_what_is_open_and_refuses_what_comes(running: tuple[Engine
     thread.shutdown()
 
 
+def test_who_asks_hears_of_a_death_when_all_clients_have(running: tuple[EngineThread, FakeExecutor]) -> None:
+    """A server ends its process then: what has not been sent by that time never will be."""
+    thread, executor = running
+    failures: list[Exception | None] = []
+
+    class Sink(Collector):
+        def push(self, output: TokenOutput) -> None:
+            failures.append(thread.failure)
+            super().push(output)
+
+    sinks = [Sink() for _ in range(20)]
+    executor.hang = threading.Event()
+    for number, sink in enumerate(sinks):
+        thread.submit(Request(str(number), [1, 2, 3], SamplingParams(max_tokens=80, ignore_eos=True)), sink)
+    thread.close(EngineDeadError("the end"))
+    executor.hang.set()
+    assert deaths_told([*sinks]) == {"the engine has stopped: the end"}
+    assert failures == [None] * len(sinks)
+    assert isinstance(thread.failure, EngineDeadError)
+
+
 def test_draining_lets_short_requests_finish_ends_long_ones_and_refuses_new_ones(
     running: tuple[EngineThread, FakeExecutor],
 ) -> None:

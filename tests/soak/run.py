@@ -1,4 +1,4 @@
-"""The course of a soak: warm up, look, go on for long, look again; then more than the server can take."""
+"""The course of a soak: warm up, look, go on for long, look again. And of an overload: more than the server can take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pagedcore.serve.triton_server import TritonServer
 from tests.soak.client import Clients, Outcome, Reply
-from tests.soak.traffic import Ends, SoakRequest, Traffic
+from tests.soak.traffic import LENGTH_SCALE, Ends, SoakRequest, Traffic
 from tests.soak.watch import Sample, idle_sample, sample
 
 WARM_UP = 0.03  # share of the requests, before the first look
@@ -27,10 +27,18 @@ class Told:
     last: float
 
 
+@dataclass(frozen=True)
+class Overload:
+    """Requests answered a second: at full load, and when twice as many come."""
+
+    peak: float
+    goodput: float
+
+
 class Soak:
     """One soak of one server; what it finds is in its fields."""
 
-    def __init__(self, server: TritonServer, num_clients: int, seed: int) -> None:
+    def __init__(self, server: TritonServer, num_clients: int, seed: int, length_scale: int = LENGTH_SCALE) -> None:
         self.faults: list[str] = []
         self.outcomes: Counter[Outcome] = Counter()
         self.told: list[Told] = []
@@ -39,15 +47,15 @@ class Soak:
         self.after: Sample | None = None
         self.seconds = 0.0
         self.num_canaries = 0
-        self.peak = self.goodput = 0.0  # requests answered a second, at full load and at twice that
+        self.overloads: dict[str, Overload] = {}
         self._server = server
         self._num_clients = num_clients
-        self._traffic = Traffic(seed)
+        self._traffic = Traffic(seed, length_scale)
         self._canaries: dict[str, str] = {}
         self._begin = 0.0
 
-    async def run(self, num_requests: int, overload_seconds: float) -> None:
-        """All of it; `faults` says what went wrong."""
+    async def run(self, num_requests: int) -> None:
+        """Mixed traffic and a look at what it leaves; `faults` says what went wrong."""
         clients = Clients(self._server)
         # By twice as many clients: what grows to its highest use and stays there, as shared memory does, has grown then.
         warm_up = max(int(WARM_UP * num_requests), MIN_WARM_UP)
@@ -62,8 +70,6 @@ class Soak:
         watching.cancel()
         self.after = await asyncio.to_thread(idle_sample, self._server, self.before)
         self.faults += leftovers(self.before, self.after)
-        if overload_seconds > 0:
-            await self._overload(clients, overload_seconds)
         await clients.close()
 
     async def _keep_busy(self, clients: Clients, num_requests: int, num_at_once: int) -> None:
@@ -97,25 +103,28 @@ class Soak:
             print(f"{self.samples[-1][0]:.0f} s, {done} requests, {now}", flush=True)
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    async def _overload(self, clients: Clients, seconds: float) -> None:
-        """Full load by as many clients as before, then new requests at twice the rate that it answered, come what may."""
-        before = self.outcomes[Outcome.ANSWERED]
-        deadline = time.monotonic() + PEAK_SECONDS
+    async def overload(self, seconds: float) -> Overload:
+        """Full load by as many clients as there are, then new requests at twice the rate that it answered, come what may."""
+        clients = Clients(self._server)
+        await self._keep_busy(clients, MIN_WARM_UP, self._num_clients)
+        before, deadline = self.outcomes[Outcome.ANSWERED], time.monotonic() + PEAK_SECONDS
 
         async def client() -> None:
             while time.monotonic() < deadline:
                 await self._ask(clients, self._traffic.next())
 
         await asyncio.gather(*(client() for _ in range(self._num_clients)))
-        self.peak = (self.outcomes[Outcome.ANSWERED] - before) / PEAK_SECONDS
+        peak = (self.outcomes[Outcome.ANSWERED] - before) / PEAK_SECONDS
         before, begin = self.outcomes[Outcome.ANSWERED], time.monotonic()
         tasks: set[asyncio.Task[Reply]] = set()
         while (elapsed := time.monotonic() - begin) < seconds:
-            while len(tasks) < 2 * self.peak * elapsed:
+            while len(tasks) < 2 * peak * elapsed:
                 tasks.add(asyncio.create_task(self._ask(clients, self._traffic.next())))
             await asyncio.sleep(0.005)
-        self.goodput = (self.outcomes[Outcome.ANSWERED] - before) / seconds
+        goodput = (self.outcomes[Outcome.ANSWERED] - before) / seconds
         await asyncio.gather(*tasks)
+        await clients.close()
+        return Overload(peak, goodput)
 
 
 def leftovers(before: Sample, after: Sample) -> list[str]:

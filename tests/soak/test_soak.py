@@ -16,7 +16,7 @@ from tests.soak.watch import Sample
 def test_mixed_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
     with TritonServer(write_repository(tmp_path), log_path=tmp_path / "log", exit_timeout=2) as server:
         soak = Soak(server, num_clients=32, seed=3)
-        asyncio.run(soak.run(400, overload_seconds=0))
+        asyncio.run(soak.run(400))
     assert soak.faults == []
     assert sum(soak.outcomes.values()) == 400
     assert all(soak.outcomes[kind] > 0 for kind in (Outcome.ANSWERED, Outcome.GONE, Outcome.REFUSED))

@@ -297,3 +297,28 @@ def test_stopping_the_pool_sends_what_was_pushed(engine: RecordingEngine, tokeni
     pool.stop(WAIT)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pagedcore-")]
     assert all(client.channel.finals == 1 for client in clients)
+
+
+def test_a_token_that_comes_while_its_stream_leaves_the_line_is_sent(
+    pool: SenderPool, engine: RecordingEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is pushed just after the lane has found nothing pending; nothing comes after it that could take it along."""
+    first, second = tokenizer.encode("one two")
+    client = Client(pool, engine, tokenizer, "a")
+    has_response = client.stream._has_response
+    pushers: list[threading.Thread] = []
+
+    def found_nothing_and_then_one_comes() -> bool:
+        found = has_response()
+        if not found and client.stream.started and not pushers:
+            pushers.append(threading.Thread(target=client.push, args=(second,)))
+            pushers[0].start()
+            pushers[0].join(0.2)  # where it waits for the lane, it goes on waiting
+        return found
+
+    monkeypatch.setattr(client.stream, "_has_response", found_nothing_and_then_one_comes)
+    client.push(first)
+    until(lambda: len(client.channel.sent) == 2)
+    pushers[0].join(WAIT)
+    client.push(reason=FinishReason.LENGTH)
+    assert client.result() == [*map(tokenizer.token_text, (first, second)), ""]

@@ -40,6 +40,10 @@ def saturate(recorder: Recorder, server: Server, panel: Panel, system: EngineSet
         return
     rate = _too_high(recorder.record, panel)
     live = _run(server, panel, system, rate)
+    if not _known(recorder.record, panel) and box.has(1.25 * panel.seconds + OVERHEAD):
+        # At the rate of the systems after it: another rate is another trace.
+        rate = 3 * live.output_tokens_per_second / panel.mean_output
+        live = _run(server, panel, system, rate)
     while live.num_unfinished < live.num_requests / 5 and box.has(1.25 * panel.seconds + OVERHEAD):  # it kept up
         rate *= 4
         live = _run(server, panel, system, rate)
@@ -59,8 +63,13 @@ def _latency(recorder: Recorder, server: Server, panel: Panel, system: EngineSet
 
 def _too_high(record: Record, panel: Panel) -> float:
     """A rate beyond what any system sustains: more than the best one so far did, or, before that, than any GPU does."""
-    known = [point.values["sustained"] for point in record.points if point.key[:2] == ("saturation", panel.name)]
+    known = _known(record, panel)
     return 3 * max(known) if known and max(known) > 0 else _BEYOND_ANY / panel.mean_output
+
+
+def _known(record: Record, panel: Panel) -> list[float]:
+    """What systems sustain of this panel, as far as it has been measured."""
+    return [point.values["sustained"] for point in record.points if point.key[:2] == ("saturation", panel.name)]
 
 
 def _run(server: Server, panel: Panel, system: EngineSetup, rate: float) -> Live:
