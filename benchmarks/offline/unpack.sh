@@ -12,6 +12,7 @@ offline_install() { # TARGET WHEEL...
 
 if [ -d "$PARTS/modules" ]; then
   cp "$PARTS"/modules/_*.so pagedcore/
+  [ -d .git ] || cp "$PARTS/modules/commit" .commit # for the results
   [ -d "$OFFLINE/site/gguf" ] || offline_install "$OFFLINE/site" "$PARTS"/modules/gguf/*.whl
 fi
 
