@@ -83,9 +83,9 @@ def sweeps(gpu_time: TimeModel | None) -> dict[tuple[str, ...], Sweep]:
     for policy in POLICIES:
         sharegpt = SHAREGPT_GUESS[policy]
         add(("fig 12", "ShareGPT", policy), opt_13b(policy), PlainTrace(SHAREGPT), sharegpt, 900)
-        add(("fastest", policy), opt_13b(policy, fastest), PlainTrace(SHAREGPT), 1.6 * sharegpt, 250)
+        add(("fastest", policy), opt_13b(policy, fastest), PlainTrace(SHAREGPT), 1.6 * sharegpt, 400)
         if gpu_time is not None:
-            add(("gpu steps", policy), opt_13b(policy, gpu_time), PlainTrace(SHAREGPT), 1.8 * sharegpt, 200)
+            add(("gpu steps", policy), opt_13b(policy, gpu_time), PlainTrace(SHAREGPT), 1.8 * sharegpt, 400)
         add(("fig 12", "Alpaca", policy), opt_13b(policy), PlainTrace(ALPACA), ALPACA_GUESS[policy], 300)
         add(("large", policy), opt_175b(policy), PlainTrace(ALPACA), LARGE_GUESS[policy], 200)
     for method, make_trace, all_guesses in (("samples", PlainTrace, SAMPLES_GUESS), ("beams", BeamTrace, BEAMS_GUESS)):
