@@ -14,7 +14,7 @@ keep() { # LOG LINES COMMAND...: run it, keep what it prints, show the end
 }
 result() { for name in "$@"; do cp "benchmarks/results/$name.json" "$OUT/"; done; }
 
-GPU_TESTS=(tests/kernels_gpu tests/execution/test_cuda.py tests/exactness/test_gpu_bits.py)
+GPU_TESTS=(tests/kernels_gpu tests/execution tests/exactness/test_gpu_bits.py)
 stage_tests() { keep tests 30 python3 -m pytest -q -m gpu -p no:cacheprovider --durations=8 "${GPU_TESTS[@]}" "$@"; }
 # Small cases under compute-sanitizer: stage_sanitizer memcheck|initcheck|racecheck SECONDS
 stage_sanitizer() {

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +10,11 @@ import torch
 import transformers
 
 from pagedcore import LLM, SamplingParams, ops
-from pagedcore.config import EngineConfig
 from pagedcore.errors import ConfigError
-from pagedcore.execution.cuda import CudaExecutor, captured_sizes, cuda_dtype
+from pagedcore.execution.cuda import captured_sizes, cuda_dtype
 from pagedcore.execution.invariance import bits_are_alike
-from pagedcore.execution.kv_cache import GRAPH_BYTES, MemoryPlan, plan_gpu_memory
 from pagedcore.serve.default_model import ensure_default_model
+from tests.execution.cuda_cases import OPT_SHAPE, SHAPE, executor_of, generated, random_prompts
 from tests.models import tiny
 
 QUESTIONS = (
@@ -31,9 +27,6 @@ QUESTIONS = (
     "Give me a recipe for pancakes.",
     "Who wrote Romeo and Juliet?",
 )
-# Head sizes that the GPU's attention is made for.
-OPT_SHAPE: dict[str, Any] = {"num_attention_heads": 4, "hidden_size": 256}
-SHAPE: dict[str, Any] = {"head_dim": 64, "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512}
 
 
 def test_captured_sizes_reach_every_batch() -> None:
@@ -73,57 +66,6 @@ def test_equal_rows_are_told_from_rows_that_round_otherwise() -> None:
         assert not bits_are_alike(rows)
 
 
-def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
-    tiny.make("llama", tmp_path)
-    with pytest.raises(ConfigError, match=r"device must be auto or cpu here, got 'cuda'"):
-        LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True)
-
-
-def _plan(draws: int = 0, **arguments: Any) -> MemoryPlan:
-    config = EngineConfig(model="x", **arguments)
-    parts = {
-        "weights": 50_000,
-        "activations": 5_000,
-        "inputs": 1_000,
-        "workspace": 4_000,
-        "draws": draws,
-        "swap_space": 0,
-        "block": 1_000,
-    }
-    return plan_gpu_memory(config, **parts, max_model_len=64, used_bytes=100_000, total_bytes=GRAPH_BYTES + 1_000_000)
-
-
-def test_a_gpu_is_filled_to_the_share_asked_for() -> None:
-    plan = _plan(gpu_memory_utilization=1.0)
-    assert (plan.num_blocks, plan.other, plan.kv_cache) == (900, 40_000, 900_000)
-    assert _plan(kv_cache_memory_bytes=7_999).num_blocks == 7
-    assert _plan(gpu_memory_utilization=1.0, max_num_seqs=2).num_blocks == 8, "no more than can be filled"
-    with_draws = _plan(draws=3_000, gpu_memory_utilization=1.0)  # which are in use already
-    assert (with_draws.num_blocks, with_draws.draws, with_draws.other) == (900, 3_000, 37_000)
-    with pytest.raises(ConfigError, match="kv_cache_memory_bytes asks for a KV cache"):
-        _plan(kv_cache_memory_bytes=901_000)
-    with pytest.raises(ConfigError, match=r"gpu_memory_utilization must leave room for a KV cache: 0.1 of 0.3 GiB is"):
-        _plan(gpu_memory_utilization=0.1)
-
-
-def _executor(llm: LLM) -> CudaExecutor:
-    executor = llm._loaded.engine._executor
-    assert isinstance(executor, CudaExecutor)
-    return executor
-
-
-def _prompts(count: int, seed: int = 0) -> list[Any]:
-    rng = random.Random(seed)
-    return [
-        {"prompt_token_ids": [rng.randrange(3, tiny.VOCAB_SIZE) for _ in range(rng.randint(1, 90))]}
-        for _ in range(count)
-    ]
-
-
-def _generate(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "llama-biases", "opt", "opt-350m"])
@@ -131,7 +73,7 @@ def test_logprobs_are_as_near_as_transformers_own(variant: str, batch_invariant:
     reference = tiny.make(variant, tmp_path, **(OPT_SHAPE if variant.startswith("opt") else SHAPE))
     arguments: dict[str, Any] = {"max_num_seqs": 16, "kv_cache_memory_bytes": 1 << 26}
     llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, batch_invariant=batch_invariant, **arguments)
-    prompts = _prompts(12)
+    prompts = random_prompts(12)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=20, ignore_eos=True)
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).cuda()
     ours, theirs = [], []
@@ -166,7 +108,11 @@ def test_prompt_logprobs_are_as_near_as_transformers_own(
     reference = tiny.make(variant, tmp_path, **(OPT_SHAPE if variant.startswith("opt") else SHAPE))
     settings: dict[str, Any] = {"max_num_seqs": 16, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 26}
     llm = LLM(str(tmp_path), device="cuda", **(settings | arguments))
-    prompts = [*_prompts(12), *({"prompt_token_ids": [7 + i, 9, 11]} for i in range(4)), {"prompt_token_ids": [3] * 17}]
+    prompts = [
+        *random_prompts(12),
+        *({"prompt_token_ids": [7 + i, 9, 11]} for i in range(4)),
+        {"prompt_token_ids": [3] * 17},
+    ]
     params = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=5, ignore_eos=True)
     plain = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).cuda()
@@ -187,7 +133,7 @@ def test_prompt_logprobs_are_as_near_as_transformers_own(
     # What is drawn is what is drawn without them, but where a rounding decides a near tie.
     same = [
         a.outputs[0].token_ids == tokens
-        for a, tokens in zip(outputs, _generate(llm, prompts, [plain] * 17), strict=True)
+        for a, tokens in zip(outputs, generated(llm, prompts, [plain] * 17), strict=True)
     ]
     llm.shutdown()
     assert sum(same) >= 14, same
@@ -219,22 +165,22 @@ def test_graphs_draw_what_eager_steps_draw_at_every_batch_size(tmp_path: Path) -
     tiny.make("qwen3", tmp_path, **SHAPE)
     arguments: dict[str, Any] = {"device": "cuda", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 26}
     llm = LLM(str(tmp_path), max_num_seqs=40, **arguments)
-    graphs = _executor(llm)._step._captured
-    sizes = _executor(llm).step_sizes
+    graphs = executor_of(llm)._step._captured
+    sizes = executor_of(llm).step_sizes
     assert sizes.decode_rows[-1] == 40 and sizes.prefill_tokens[-1] >= 512
     prefill = {(tokens, rows, False) for tokens in sizes.prefill_tokens for rows in sizes.prefill_rows}
     assert set(graphs) == prefill | {(rows, rows, True) for rows in sizes.decode_rows}
     kept = dict(graphs)
     for count in (1, 2, 3, 5, 8, 17, 40):
-        prompts = _prompts(count, count)
+        prompts = random_prompts(count, count)
         params = [
             SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=12 + i % 5, ignore_eos=True)
             for i in range(count)
         ]
         graphs.update(kept)
-        captured = _generate(llm, prompts, params)
+        captured = generated(llm, prompts, params)
         graphs.clear()
-        assert _generate(llm, prompts, params) == captured
+        assert generated(llm, prompts, params) == captured
     llm.shutdown()
 
 
@@ -243,7 +189,7 @@ def test_rows_that_compute_nothing_draw_from_their_prompt(tmp_path: Path) -> Non
     """A step of one-token rows and of samples that share them, whose padded rows and tokens are as many."""
     tiny.make("qwen3", tmp_path, **SHAPE, initializer_range=0.4)
     arguments: dict[str, Any] = {"device": "cuda", "dtype": "float16", "skip_tokenizer_init": True, "max_num_seqs": 64}
-    prompts = [*_prompts(20, 5), {"prompt_token_ids": [7]}, {"prompt_token_ids": [9]}]
+    prompts = [*random_prompts(20, 5), {"prompt_token_ids": [7]}, {"prompt_token_ids": [9]}]
     params = [SamplingParams(temperature=0, max_tokens=16, ignore_eos=True) for _ in range(20)]
     params.append(SamplingParams(temperature=0.8, seed=3, n=20, max_tokens=8, ignore_eos=True))
     params.append(SamplingParams(temperature=0, beam_width=4, max_tokens=8, ignore_eos=True))
@@ -263,7 +209,7 @@ def test_rows_that_compute_nothing_draw_from_their_prompt(tmp_path: Path) -> Non
 def test_tokens_do_not_depend_on_pool_or_one_step_ahead(tmp_path: Path) -> None:
     """float16 and a peaked distribution, so that rounding does not decide."""
     tiny.make("llama", tmp_path, **SHAPE, initializer_range=0.4)
-    prompts = _prompts(24, 3)
+    prompts = random_prompts(24, 3)
     params = [
         SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, repetition_penalty=1.0 + 0.1 * (i % 2))
         for i in range(24)
@@ -281,67 +227,11 @@ def test_tokens_do_not_depend_on_pool_or_one_step_ahead(tmp_path: Path) -> None:
             max_model_len=128,
             **({"kv_cache_memory_bytes": 1 << 26} | extra),
         )
-        results.append(_generate(llm, prompts, params))
+        results.append(generated(llm, prompts, params))
         assert (llm.stats().preemptions_total > 0) == ("num_gpu_blocks_override" in extra)
         llm.shutdown()
     same = [sum(a == b for a, b in zip(results[0], other, strict=True)) for other in results[1:]]
     assert min(same) >= 22, same  # a rounding may still decide a near tie
-
-
-_ON_DEVICE = """
-import subprocess, sys, threading
-from pagedcore.build import build_engine
-from pagedcore.config import EngineConfig
-from pagedcore.engine.request import Request
-from pagedcore.engine.sampling_params import SamplingParams
-folder, index = sys.argv[1], int(sys.argv[2])
-
-def used():
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return [int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()]
-
-class Sink:
-    def __init__(self):
-        self.tokens, self.ended = [], threading.Event()
-    def push(self, output):
-        assert output.error is None, output.error
-        self.tokens += output.token_ids
-        if output.request_finished:
-            self.ended.set()
-
-before = used()
-loaded = build_engine(EngineConfig(
-    model=folder, device="cuda", device_index=index, dtype="float16", skip_tokenizer_init=True, max_num_seqs=8,
-    max_model_len=128, kv_cache_memory_bytes=1 << 26, max_num_batched_tokens=4096))
-sinks = [Sink() for _ in range(8)]
-for number, sink in enumerate(sinks):
-    extra = {"logprobs": 2, "presence_penalty": 0.3} if number % 2 else {}
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, **extra)
-    loaded.engine.submit(Request(str(number), [5 + number] * 70, params), sink)
-for sink in sinks:
-    assert sink.ended.wait(60)
-grown = [now - then for now, then in zip(used(), before)]
-loaded.shutdown()
-print("grown", *(other for i, other in enumerate(grown) if i != index))
-print("tokens", *(token for sink in sinks for token in sink.tokens))
-"""
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("device_index", range(max(torch.cuda.device_count(), 1)))
-def test_the_engine_runs_on_the_device_that_it_is_given(device_index: int, tmp_path: Path) -> None:
-    """With its threads, in a process of its own, as in a server: captured steps and draws with extras. What it draws is what
-    the first device draws, and no other device holds as much as a context takes."""
-    tiny.make("llama", tmp_path, **SHAPE, initializer_range=0.4)
-    told = []
-    for index in (0, device_index):
-        command = [sys.executable, "-c", _ON_DEVICE, str(tmp_path), str(index)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-        assert result.returncode == 0, result.stderr
-        grown, tokens = result.stdout.splitlines()[-2:]
-        assert all(int(other) < 100 for other in grown.split()[1:]), grown  # MiB
-        told.append(tokens)
-    assert told[0] == told[1]
 
 
 @pytest.mark.gpu
@@ -362,70 +252,3 @@ def test_a_library_that_computes_rows_in_different_ways_is_not_trusted(
     monkeypatch.setattr(ops, "invariant_linear", split)
     with pytest.raises(ConfigError, match=r"batch_invariant must be false here: .*self_attn.qkv_proj \[768, 256\]"):
         LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, batch_invariant=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("changed", [{}, {"batch_invariant": True}, {"enforce_eager": True}])
-def test_the_memory_plan_adds_up_and_nothing_is_allocated_later(changed: dict[str, bool], tmp_path: Path) -> None:
-    tiny.make("llama", tmp_path, **SHAPE)
-    arguments: dict[str, Any] = {"max_num_seqs": 64, "gpu_memory_utilization": 0.5, **changed}
-    llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, **arguments)
-    plan = _executor(llm).memory
-    assert 0 < plan.draws < 2**30
-    parts = (
-        plan.weights,
-        plan.kv_cache,
-        plan.activations,
-        plan.inputs,
-        plan.workspace,
-        plan.draws,
-        plan.graphs,
-        plan.other,
-    )
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    assert abs(sum(parts) - (total_bytes - free_bytes)) < 0.03 * total_bytes
-    before = (torch.cuda.memory_reserved(), torch.cuda.host_memory_stats()["num_host_alloc"])
-    plain: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 20, "ignore_eos": True}
-    for extra in (
-        {},
-        {"logprobs": 3, "presence_penalty": 0.5},
-        {"logprobs": 20, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
-        {"logit_bias": {5: 1.5, 6: -100.0}, "allowed_token_ids": [*range(5, 100)]},
-        {"prompt_logprobs": 5},
-        {"min_tokens": 5, "stop_token_ids": [3, 4]},
-        {"n": 3},
-    ):
-        for number in (64, 3):
-            llm.generate(_prompts(number), SamplingParams(**plain, **extra), use_tqdm=False)
-            after = (torch.cuda.memory_reserved(), torch.cuda.host_memory_stats()["num_host_alloc"])
-            assert after == before, extra
-    llm.shutdown()
-
-
-_FAILING = """
-import sys, torch
-from pagedcore import LLM, SamplingParams
-from pagedcore.errors import EngineDeadError
-llm = LLM(sys.argv[1], device="cuda", skip_tokenizer_init=True, max_num_seqs=8, kv_cache_memory_bytes=1 << 26)
-params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
-torch.ones(1, device="cuda")[torch.tensor([5], device="cuda")]
-try:
-    torch.cuda.synchronize()
-except torch.AcceleratorError:
-    print("the device has failed")
-try:
-    llm.generate([{"prompt_token_ids": [5, 6, 7]}] * 3, params, use_tqdm=False)
-except EngineDeadError as error:
-    print(f"dead: {error}")
-"""
-
-
-@pytest.mark.gpu
-def test_a_device_that_failed_ends_the_engine_at_the_next_step(tmp_path: Path) -> None:
-    """In a process of its own, which no CUDA call can be made in afterwards."""
-    tiny.make("llama", tmp_path, **SHAPE)
-    command = [sys.executable, "-c", _FAILING, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert "the device has failed" in result.stdout, result.stderr
-    assert "dead: the GPU failed: " in result.stdout, result.stdout + result.stderr
