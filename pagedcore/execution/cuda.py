@@ -37,7 +37,7 @@ from pagedcore.execution.warm_up import allocate_for_draws
 from pagedcore.layers.activations import ActivationBuffers
 from pagedcore.layers.linear import Placement
 from pagedcore.models.config import ModelConfig
-from pagedcore.models.loader import load_model
+from pagedcore.models.loader import check_weights, load_model
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MIN_BLOCK_SIZE = 16
@@ -167,6 +167,7 @@ class CudaExecutor:
     ) -> None:
         max_rows, block_size = config.max_num_seqs, config.block_size
         table_width = -(-max_model_len // block_size)
+        check_weights(model_config, max_model_len, placement, torch.cuda.mem_get_info(self._device)[0])
         model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
         if config.batch_invariant:
             check_linear_layers(model, placement)

@@ -34,7 +34,7 @@ from pagedcore.execution.sampler import Sampler
 from pagedcore.layers.activations import ActivationBuffers
 from pagedcore.layers.linear import Placement
 from pagedcore.models.config import ModelConfig
-from pagedcore.models.loader import load_model
+from pagedcore.models.loader import check_weights, load_model
 
 # Operations that a processor computes of a prompt in the time in which it copies a byte: about 0.8e12 / 8e9 a second.
 OPERATIONS_PER_SWAPPED_BYTE = 100
@@ -106,6 +106,7 @@ class LocalExecutor:
         table_width = -(-max_model_len // block_size)
         with torch.inference_mode():
             free_bytes = free_host_memory()
+            check_weights(model_config, max_model_len, placement, free_bytes)
             model = load_model(folder, model_config, max_model_len, placement, config.load_format, config.seed)
             check_activations(model_config, max_num_batched_tokens, max_rows, placement, free_bytes - model.num_bytes)
             activations = ActivationBuffers(model_config, max_num_batched_tokens, max_rows, placement)

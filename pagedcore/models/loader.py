@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -51,6 +52,17 @@ def load_model(
     if placement.device.type == "cpu":
         pack_weights(model)
     return model
+
+
+def check_weights(config: ModelConfig, max_model_len: int, placement: Placement, free_bytes: int) -> None:
+    """Raise ConfigError if the model's weights need more than the `free_bytes` of their device."""
+    without_memory = dataclasses.replace(placement, device=torch.device("meta"))
+    needed = MODELS[config.architecture](config, max_model_len, without_memory).num_bytes
+    if needed > free_bytes:
+        raise ConfigError(
+            f"model: its weights need {needed / 2**30:,.1f} GiB in {str(placement.dtype).removeprefix('torch.')}, and "
+            f"{max(free_bytes, 0) / 2**30:,.1f} GiB are free: {(needed - free_bytes) / 2**30:,.1f} GiB too few"
+        )
 
 
 def pack_weights(model: nn.Module) -> None:

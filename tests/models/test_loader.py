@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pagedcore import LLM
 from pagedcore.errors import ConfigError
 from pagedcore.layers.linear import Placement, RowLinear
 from pagedcore.models.causal_lm import CausalLM
 from pagedcore.models.config import ModelConfig
-from pagedcore.models.loader import _weight_files, load_model
+from pagedcore.models.loader import _weight_files, check_weights, load_model
+from pagedcore.models.registry import MODELS
 from tests.models import tiny
 from tests.reference.paged import PagedModel
 
@@ -181,3 +183,32 @@ def test_an_index_names_files_of_its_folder_only(name: object, tmp_path: Path) -
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(ConfigError, match=r"weight_map must name safetensors files of this folder, got"):
         _weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("variant", [*tiny.VARIANTS])
+def test_the_weights_that_must_fit_are_those_that_are_loaded(variant: str, tmp_path: Path) -> None:
+    tiny.make(variant, tmp_path)
+    config, placement = ModelConfig.from_folder(tmp_path), Placement(torch.float32, torch.device("cpu"))
+    model = MODELS[config.architecture](config, 64, placement)
+    needed = sum(weight.nbytes for weight in model.parameters())
+    check_weights(config, 64, placement, needed)
+    with pytest.raises(ConfigError, match=r"model: its weights need 0.0 GiB in float32"):
+        check_weights(config, 64, placement, needed - 1)
+
+
+def test_a_model_that_is_too_large_says_by_how_much_before_anything_is_allocated(tmp_path: Path) -> None:
+    hidden, layers, intermediate, vocab = 65536, 200, 262144, 128000
+    tiny.make("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": intermediate,
+        "vocab_size": vocab,
+    }
+    config |= {"num_attention_heads": 512, "num_key_value_heads": 64, "head_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    layer = 2 * hidden * hidden + 2 * hidden * 64 * 128 + 3 * hidden * intermediate + 2 * hidden
+    gib = 2 * (layers * layer + 2 * vocab * hidden + hidden) / 2**30
+    with pytest.raises(ConfigError, match=rf"model: its weights need {gib:,.1f} GiB in bfloat16, and .* GiB too few"):
+        LLM(str(tmp_path), dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, device="cpu")
