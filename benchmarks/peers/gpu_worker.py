@@ -66,7 +66,6 @@ DECODED_IN_STEPS = 96  # the same, where only steps are measured
 LONG_BATCH, LONG_CONTEXT = 4, 3600
 
 VLLM_SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -78,7 +77,7 @@ class Engine:
 
     def __init__(self, name: str, shape: str, **arguments: Any) -> None:
         """arguments: of the engine, beside those that all are measured with."""
-        os.environ.update(VLLM_SETTINGS)
+        os.environ.update(VLLM_SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0")
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
         start = time.perf_counter()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.peers import vllm_backend
-from benchmarks.peers.gpu_worker import SHAPES
+from benchmarks.peers.gpu_worker import SHAPES, VLLM_SETTINGS
 from benchmarks.server.closed_loop import Load, engine_load, server_load
 from pagedcore.build import build_engine
 from pagedcore.config import EngineConfig
@@ -118,6 +119,7 @@ def measure(shape: str, arguments: argparse.Namespace, folder: Path) -> list[rep
     served = serve(write_repository(folder, shape, model), shape, arguments, folder)
     official: dict[int, Load] = {}
     if arguments.vllm_backend is not None:
+        os.environ.update(VLLM_SETTINGS)
         paths = (folder / f"official-{shape}", arguments.vllm_backend, arguments.vllm)
         repository = vllm_backend.write_repository(*paths, {"model": str(model), **VLLM})
         official = serve(repository, f"{shape}-{vllm_backend.NAME}", arguments, folder)
