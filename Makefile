@@ -29,7 +29,7 @@ SETUP = @command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; 
 help:
 	@echo "make serve   serve a model with tritonserver (MODEL=folder HOST= HTTP_PORT= GRPC_PORT= METRICS_PORT= TRITONSERVER=)"
 	@echo "make install put the backend into an installed tritonserver (BACKENDS=/opt/tritonserver/backends NAME=vllm|pagedcore)"
-	@echo "make test    the whole test suite (ARGS='-k name' goes to pytest)"
+	@echo "make test    the test suite, without slow tests (ARGS='-k name' goes to pytest)"
 	@echo "make check   ruff, mypy, clang-format"
 	@echo "make sim     the engine in a simulated world, $(SEEDS) seeds (SEEDS= ARGS='--seconds 60'); a failing one is made small and shown"
 	@echo "make fuzz    random requests to the parser and to a server (ARGS='--cases 10000 --server-cases 500'); a faulty one is made small and shown"

@@ -1,6 +1,6 @@
 """Stream the answers to several prompts at once over one gRPC connection.
 
-Usage: python examples/stream_grpc.py [--url localhost:8001] [--max-tokens 64] [prompt ...]
+Usage: .venv/bin/python examples/stream_grpc.py [--url localhost:8001] [--max-tokens 64] [prompt ...]
 """
 
 from __future__ import annotations

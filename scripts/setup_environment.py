@@ -29,6 +29,7 @@ PIP_INSTALL = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "--
 # Without build isolation CMake finds its last build.
 EDITABLE = ["--no-build-isolation", "--editable"]
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+NVCC = Path("/usr/local/cuda/bin/nvcc")  # where NVIDIA's packages put it, which is on no PATH by itself
 TORCH_VERSION = "2.13.0"
 CPU_BYTES_NEEDED = 3_000_000_000
 CUDA_BYTES_NEEDED = 12_000_000_000  # torch, NVIDIA's libraries, and pip's downloads of both
@@ -74,9 +75,14 @@ def check_python_version() -> None:
     if sys.version_info[:2] in SUPPORTED:
         return
     others = [f"python3.{minor}" for _, minor in SUPPORTED if shutil.which(f"python3.{minor}")]
-    hint = f"run: make PYTHON={others[-1]}" if others else "on Debian or Ubuntu: apt-get install python3.11"
+    hint = f"run: make serve PYTHON={others[-1]}" if others else "on Debian or Ubuntu: apt-get install python3.11"
     found = "{}.{}".format(*sys.version_info[:2])
     raise SetupError(f"Python {found} is not supported, 3.10, 3.11 or 3.12 is needed; {hint}")
+
+
+def find_nvcc() -> str:
+    """The CUDA compiler, or an empty text where there is none."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or (str(NVCC) if NVCC.exists() else "")
 
 
 def has_libpython(soname: str) -> bool:
@@ -191,6 +197,8 @@ def step(name: str, command: list[str], cuda: str = "OFF") -> None:
     start = time.monotonic()
     LOG.parent.mkdir(exist_ok=True)
     environment = {**os.environ, "SKBUILD_CMAKE_DEFINE": f"PAGEDCORE_CUDA={cuda}"}
+    if cuda == "ON":
+        environment["CUDACXX"] = find_nvcc()
     with LOG.open("w") as log:
         status = subprocess.run(command, cwd=ROOT, env=environment, stderr=log, check=False).returncode
     if status != 0:
@@ -238,6 +246,11 @@ def set_up(torch: str, extras: str, cuda: str) -> None:
     missing = missing_prerequisites()
     if missing:
         raise SetupError("\nerror: ".join(map(str, missing)))
+    if cuda == "ON" and not find_nvcc():
+        raise SetupError(
+            "nvcc, which compiles the kernels for a GPU, was not found on the PATH, in CUDACXX or as "
+            f"{NVCC}; install the CUDA toolkit (12.0 or newer), or go on without the GPU: CUDA=OFF"
+        )
     if packages_current:
         rebuild(cuda)
     else:
@@ -261,7 +274,7 @@ def main() -> int:
     parser.add_argument("--torch", default="", help="pip requirement and options for torch (default: what suits)")
     parser.add_argument("--extras", default="serve", help="extras of pyproject.toml, separated by commas")
     parser.add_argument(
-        "--cuda", default="", help="build the CUDA kernels: ON, OFF, or empty (where an NVIDIA driver and nvcc are)"
+        "--cuda", default="", help="build the CUDA kernels: ON, OFF, or empty (where there is an NVIDIA driver)"
     )
     parser.add_argument("--list-missing", action="store_true", help="only print the Debian packages that are missing")
     arguments = parser.parse_args()
@@ -269,7 +282,7 @@ def main() -> int:
         print(*(missing.package for missing in missing_prerequisites()))
         return 0
     # Compiling for GPUs takes minutes, and a machine without a driver could not use the result.
-    cuda = arguments.cuda or ("AUTO" if NVIDIA_DRIVER.exists() else "OFF")
+    cuda = arguments.cuda or ("ON" if NVIDIA_DRIVER.exists() else "OFF")
     try:
         set_up(arguments.torch, arguments.extras, cuda)
     except SetupError as error:

@@ -104,7 +104,8 @@ def main() -> None:
         rows += shape_rows(shape, arguments.vllm, Floor(SHAPES[shape], bytes_per_ms, operations_per_ms))
         notes = (
             f"random weights, bfloat16, a context of about {CONTEXT:.0f} tokens in the decode steps, 256 requests of 100 to "
-            "1024 tokens in and out; vLLM 0.26 in one process with its own sampler, otherwise at its defaults; floor: "
+            "1024 tokens in and out; vLLM 0.26 in one process with its own sampler, prefix caching "
+            "off and at most 256 sequences of 4096 tokens as here, otherwise at its defaults; floor: "
             f"{bytes_per_ms / 1e9:.2f} TB/s and {operations_per_ms / 1e9:.0f} TFLOP/s, measured in this run"
         )
         report.write(arguments.name, rows, notes)

@@ -110,7 +110,7 @@ def check_stub_python(stub: Path) -> None:
     if match is not None and match[1].decode() != _python_version():
         raise SetupError(
             f"{stub} embeds Python {match[1].decode()}, but this environment has Python {_python_version()}; "
-            f"make the environment with: make PYTHON=python{match[1].decode()}"
+            f"make the environment with: make setup PYTHON=python{match[1].decode()}"
         )
 
 

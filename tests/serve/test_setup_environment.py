@@ -77,6 +77,33 @@ def test_a_missing_libpython_is_one_line(
     assert lines == [expected]
 
 
+def test_a_gpu_without_nvcc_is_one_line(
+    setup_environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rather than kernels for the processor alone, which nobody with a GPU wants; unless they are asked for."""
+    built: list[str] = []
+    monkeypatch.setattr(setup_environment, "VENV", tmp_path)
+    monkeypatch.setattr(setup_environment, "VENV_PYTHON", tmp_path / "python")
+    monkeypatch.setattr(setup_environment, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(setup_environment, "NVCC", tmp_path / "nvcc")
+    monkeypatch.setattr(setup_environment, "missing_prerequisites", list)
+    monkeypatch.setattr(setup_environment, "make_venv", lambda clear: None)
+    monkeypatch.setattr(setup_environment, "install_torch", lambda *_: "torch")
+    monkeypatch.setattr(setup_environment, "install_packages", lambda torch, extras, cuda: built.append(cuda))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(sys, "argv", ["setup"])
+    assert setup_environment.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: nvcc, which compiles the kernels for a GPU, was not found") and "CUDA=OFF" in line
+    monkeypatch.setattr(sys, "argv", ["setup", "--cuda", "OFF"])
+    assert setup_environment.main() == 0
+    (tmp_path / "nvcc").touch()
+    monkeypatch.setattr(sys, "argv", ["setup"])
+    assert setup_environment.main() == 0
+    assert built == ["OFF", "ON"]
+
+
 def test_no_network_is_one_line(bare_project: Path) -> None:
     result = _run(bare_project, PIP_CONFIG_FILE=os.devnull, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(bare_project))
     assert result.returncode == 1

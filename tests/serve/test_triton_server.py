@@ -165,7 +165,7 @@ def test_an_installed_tritonserver_of_another_python_is_refused(tmp_path: Path) 
     backend = tmp_path / "backends" / "python"
     backend.mkdir(parents=True)
     (backend / "triton_python_backend_stub").write_bytes(b"...libpython3.99.so.1.0...")
-    with pytest.raises(SetupError, match=r"embeds Python 3\.99, but .* make PYTHON=python3\.99"):
+    with pytest.raises(SetupError, match=r"embeds Python 3\.99, but .* make setup PYTHON=python3\.99"):
         ensure_tritonserver(binary)
 
 
