@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pagedcore.serve.triton_server import TritonServer, find_free_port
+from pagedcore.serve.triton_server import TritonServer, find_free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"
@@ -78,7 +78,7 @@ class Prometheus:
 @contextlib.contextmanager
 def prometheus(metrics_url: str, folder: Path) -> Iterator[Prometheus]:
     """Run Prometheus, scraping `metrics_url` every second, until the block is left."""
-    port = find_free_port("127.0.0.1")
+    (port,) = find_free_ports("127.0.0.1", 1)
     config = folder / "prometheus.yml"
     config.write_text(CONFIG.format(target=urllib.parse.urlparse(metrics_url).netloc))
     command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]

@@ -50,9 +50,12 @@ class TritonServer:
         server."""
         self.model_repository = model_repository
         self.host = host
-        self.http_port = http_port or find_free_port(host)
-        self.grpc_port = grpc_port or find_free_port(host)
-        self.metrics_port = metrics_port or find_free_port(host)
+        free = find_free_ports(host, 3)
+        self.http_port, self.grpc_port, self.metrics_port = (
+            http_port or free[0],
+            grpc_port or free[1],
+            metrics_port or free[2],
+        )
         self.log_path = log_path or Path(tempfile.gettempdir(), f"tritonserver-{uuid.uuid4().hex}.log")
         self.shm_prefix = f"pagedcore_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
         self._exit_timeout = exit_timeout
@@ -224,12 +227,13 @@ def _command_line(folder: Path) -> str:
         return ""
 
 
-def find_free_port(host: str) -> int:
-    """A TCP port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def find_free_ports(host: str, count: int) -> list[int]:
+    """Different TCP ports that nothing listens on at the moment."""
+    with contextlib.ExitStack() as stack:  # all are held until the last one is found, or one could come twice
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def failure_reason(log: str) -> str:

@@ -19,7 +19,7 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from pagedcore.serve.triton_install import ensure_tritonserver
-from pagedcore.serve.triton_server import child_environment, find_free_port
+from pagedcore.serve.triton_server import child_environment, find_free_ports
 from tests.serve.processes import assert_nothing_is_left, wait_for
 from tests.triton.clients import MODEL, grpc_stream
 from tests.triton.conftest import ENGINE_ARGUMENTS
@@ -136,7 +136,7 @@ def test_the_containers_command_serves_and_ends_what_is_open_with_an_answer(
     at_once = config.replace('DRAIN_SECONDS" value { string_value: "25', 'DRAIN_SECONDS" value { string_value: "0')
     mount_config_map(tmp_path, {"config.pbtxt": at_once, "model.json": json.dumps(ENGINE_ARGUMENTS)})
     prefix = f"deploy{os.getpid()}_"
-    http, grpc, metrics = (find_free_port("127.0.0.1") for _ in range(3))
+    http, grpc, metrics = find_free_ports("127.0.0.1", 3)
     with (
         (tmp_path / "log").open("w") as log,
         subprocess.Popen(

@@ -25,13 +25,13 @@ from pagedcore.serve.cache import SetupError
 from pagedcore.serve.default_model import DEFAULT_MODEL_NAME, default_model_path
 from pagedcore.serve.launcher import ServeOptions, check_model_folder, check_ports, copy_repository, report_errors
 from pagedcore.serve.reservations import RUN_FOLDER_PREFIX, run_folder
-from pagedcore.serve.triton_server import find_free_port
+from pagedcore.serve.triton_server import find_free_ports
 from tests.serve.processes import assert_nothing_is_left, processes_with, shared_memory_with, wait_for
 from tests.triton.clients import generate
 
 
 def _free_ports() -> tuple[int, int, int]:
-    http, grpc, metrics = (find_free_port("127.0.0.1") for _ in range(3))
+    http, grpc, metrics = find_free_ports("127.0.0.1", 3)
     return http, grpc, metrics
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from pagedcore.serve.cache import SetupError
 from pagedcore.serve.triton_install import ensure_tritonserver, find_libpython
-from pagedcore.serve.triton_server import TritonServer, failure_reason
+from pagedcore.serve.triton_server import TritonServer, failure_reason, find_free_ports
 from tests.serve.processes import assert_nothing_is_left, processes_with, shared_memory_with, wait_for
 
 
@@ -125,6 +125,12 @@ def test_a_signal_while_the_server_is_being_started_ends_it() -> None:
     result = subprocess.run(_guard(prefix, *command, code=("-c", _EARLY_SIGNAL)), timeout=50, check=False)
     assert result.returncode == 256 - signal.SIGTERM  # of the server, which got the signal and was not killed
     assert_nothing_is_left(prefix)
+
+
+def test_free_ports_are_different_ones() -> None:
+    for _ in range(3):
+        ports = find_free_ports("127.0.0.1", 500)
+        assert len(set(ports)) == 500
 
 
 def test_a_model_that_does_not_load_is_reported_in_one_line(failing_repository: Path, tmp_path: Path) -> None:
