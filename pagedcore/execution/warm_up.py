@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from pagedcore import ops
 from pagedcore.engine.parameter_values import MAX_LOGIT_BIASES
-from pagedcore.engine.sampling_extras import (
-    EXTRAS_HEADER_SIZE,
-    MAX_BANS,
-    NUM_PENALTY_COLUMNS,
-    ExtrasHeader,
-    PenaltyColumn,
-)
-from pagedcore.engine.sampling_params import MAX_ALLOWED_TOKEN_IDS
+from pagedcore.engine.request import Request
+from pagedcore.engine.sampling_extras import MAX_BANS, ExtrasRow, FixedExtras, max_extras, pack_extras
+from pagedcore.engine.sampling_params import MAX_ALLOWED_TOKEN_IDS, SamplingParams
+from pagedcore.engine.sequence import Sequence
 from pagedcore.engine.step_plan import NUM_SAMPLING_COLUMNS, Int32Array
 from pagedcore.execution.sampler import Extras, apply_extras
 
@@ -55,45 +54,25 @@ def _draw(logits: torch.Tensor, num_tokens: int, num_rows: int, max_logprobs: in
 def largest_extras(num_tokens: int, num_rows: int, vocab_size: int) -> Int32Array:
     """The extras of a packed buffer whose first `num_rows` rows are penalized, biased, allowed and banned as much as may be."""
     num_rows = min(num_rows, num_tokens)
-    header = ExtrasHeader(
-        num_penalty_rows=num_rows,
-        num_prompt_tokens=num_tokens // 2,
-        num_output_tokens=num_tokens - num_tokens // 2,
-        num_bans=num_rows * MAX_BANS,
-        num_biases=num_rows * MAX_LOGIT_BIASES,
-        num_allowed_rows=num_rows,
-        num_allowed_tokens=num_rows * MAX_ALLOWED_TOKEN_IDS,
-    )
-    rows = np.arange(num_rows, dtype=np.int32)
-
-    def shares(total: int) -> Int32Array:
-        ends = np.arange(1, num_rows + 1) * total // num_rows
-        counts: Int32Array = np.diff(ends, prepend=0).astype(np.int32)
-        return counts
-
-    def token_ids(count: int) -> Int32Array:
-        ids: Int32Array = np.arange(count, dtype=np.int32) % vocab_size
-        return ids
-
-    def table(per_row: int, last: int) -> Int32Array:
-        columns = (np.repeat(rows, per_row), token_ids(num_rows * per_row), np.full(num_rows * per_row, last))
-        stacked: Int32Array = np.stack(columns, axis=1).astype(np.int32)
-        return stacked
-
-    penalties = np.zeros((num_rows, NUM_PENALTY_COLUMNS), np.int32)
-    penalties.view(np.float32)[:, PenaltyColumn.REPETITION] = 1.0
-    penalties[:, PenaltyColumn.ROW] = rows
-    penalties[:, PenaltyColumn.NUM_PROMPT_TOKENS] = shares(header.num_prompt_tokens)
-    penalties[:, PenaltyColumn.NUM_OUTPUT_TOKENS] = shares(header.num_output_tokens)
-    allowed_rows = np.stack((rows, np.full(num_rows, MAX_ALLOWED_TOKEN_IDS, np.int32)), axis=1)
-    sections = (
-        np.array([*header, *[0] * (EXTRAS_HEADER_SIZE - len(header))], np.int32),
-        penalties,
-        token_ids(header.num_prompt_tokens),
-        token_ids(header.num_output_tokens),
-        table(MAX_LOGIT_BIASES, 0),
-        allowed_rows,
-        token_ids(header.num_allowed_tokens),
-        table(MAX_BANS, 0),
-    )
-    return np.concatenate([section.ravel() for section in sections])
+    longest = -(-num_tokens // num_rows)
+    token_ids = np.arange(max(longest, MAX_LOGIT_BIASES, MAX_BANS, MAX_ALLOWED_TOKEN_IDS), dtype=np.int32) % vocab_size
+    table = np.zeros((len(token_ids), 3), np.int32)
+    table[:, 1] = token_ids
+    rows: list[ExtrasRow] = []
+    for row in range(num_rows):
+        share = (row + 1) * num_tokens // num_rows - row * num_tokens // num_rows
+        num_output = share // 2
+        request = Request(str(row), token_ids[: share - num_output].tolist(), SamplingParams(repetition_penalty=1.1))
+        sequence = Sequence(row, request, share, frozenset(), 0, token_ids=array("i", token_ids[:share].tolist()))
+        fixed = FixedExtras.of(sequence)
+        assert fixed is not None
+        fixed = replace(
+            fixed,
+            biases=table[:MAX_LOGIT_BIASES],
+            allowed=token_ids[:MAX_ALLOWED_TOKEN_IDS],
+            stop_bans=table[:MAX_BANS],
+            min_tokens=num_output + 1,
+        )
+        rows.append((row, sequence, fixed, num_output))
+    out = np.zeros(max_extras(num_rows, longest), np.int32)
+    return out[: pack_extras(rows, out)]

@@ -91,20 +91,19 @@ print("tokens", *(token for sink in sinks for token in sink.tokens))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("device_index", range(max(torch.cuda.device_count(), 1)))
-def test_the_engine_runs_on_the_device_that_it_is_given(device_index: int, tmp_path: Path) -> None:
-    """With its threads, in a process of its own, as in a server: captured steps and draws with extras. What it draws is what
-    the first device draws, and no other device holds as much as a context takes."""
+def test_the_engine_runs_on_the_device_that_it_is_given(tmp_path: Path) -> None:
+    """With its threads, in a process of its own, as in a server: captured steps and draws with extras. All devices draw the same,
+    and no other device holds as much as a context takes."""
     tiny.make("llama", tmp_path, **SHAPE, initializer_range=0.4)
-    told = []
-    for index in (0, device_index):
+    told = set()
+    for index in range(torch.cuda.device_count()):
         command = [sys.executable, "-c", _ON_DEVICE, str(tmp_path), str(index)]
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         assert result.returncode == 0, result.stderr
         grown, tokens = result.stdout.splitlines()[-2:]
         assert all(int(other) < 100 for other in grown.split()[1:]), grown  # MiB
-        told.append(tokens)
-    assert told[0] == told[1]
+        told.add(tokens)
+    assert len(told) == 1
 
 
 @pytest.mark.gpu
