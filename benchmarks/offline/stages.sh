@@ -28,6 +28,12 @@ stage_engine() { keep engine 24 python3 -m benchmarks.engine.gpu_engine --vllm "
 TRITON=(--tokenizer "$PARTS/tokenizer" --tritonserver "$OFFLINE/triton/bin/tritonserver" --perf-analyzer "$OFFLINE/stub/bin/perf_analyzer")
 stage_server() { keep server 40 in_stub python3 -m benchmarks.server.gpu_server "${TRITON[@]}" "$@"; result h100_server; }
 stage_official() { stage_server --vllm-backend "$OFFLINE/vllm_backend/src" --vllm "$OFFLINE/vllm" "$@"; }
+stage_soak() { # ARGUMENTS...: with the default model's tokenizer
+  local model=~/.cache/pagedcore/models/SmolLM2-135M-Instruct
+  [ -d $model ] || { mkdir -p "${model%/*}" && cp -r "$PARTS/tokenizer" $model; }
+  keep soak 12 in_stub python3 -m tests.soak --device cuda --tritonserver "$OFFLINE/triton/bin/tritonserver" --record "$@"
+  result soak_gpu; cp docs/soak_gpu.png "$OUT/"
+}
 stage_lock() { keep lock 20 in_stub python3 -m benchmarks.server.lock_profile "${TRITON[@]}" --py-spy "$1"; result h100_lock; }
 stage_paper() { # MINUTES ARGUMENTS...
   local minutes=$1; shift

@@ -6,11 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 NAME = "vllm_backend"
 
-# Triton's stub knows nothing of the environment that vLLM is in, nor of the backend's own folder.
-_MODEL_PY = """import sys
-sys.path[:0] = [{vllm!r}, {source!r}]
+# Triton's stub knows nothing of the environment that vLLM is in, nor of the backend's own folder. It needs numpy 1, and what vLLM
+# needs beside it expects two names of numpy 2; the processes that vLLM starts get the machine's own numpy.
+_MODEL_PY = """import os
+import sys
+
+import numpy
+
+numpy.long, numpy.ulong = numpy.int_, numpy.uint
+sys.path[:0] = [{vllm!r}, {source!r}, {machine!r}]
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
 with open({path!r}, encoding="utf-8") as file:
     exec(compile(file.read(), {path!r}, "exec"))
 """
@@ -26,6 +35,7 @@ def write_repository(folder: Path, source: Path, vllm: Path, arguments: dict[str
     version.mkdir(parents=True)
     (folder / "llm" / "config.pbtxt").write_text(_CONFIG, encoding="utf-8")
     (version / "model.json").write_text(json.dumps(arguments), encoding="utf-8")
-    paths = {"vllm": str(vllm.resolve()), "source": str(source.resolve()), "path": str((source / "model.py").resolve())}
-    (version / "model.py").write_text(_MODEL_PY.format(**paths), encoding="utf-8")
+    paths = {"vllm": vllm, "source": source, "path": source / "model.py", "machine": Path(torch.__file__).parents[1]}
+    text = _MODEL_PY.format(**{name: str(path.resolve()) for name, path in paths.items()})
+    (version / "model.py").write_text(text, encoding="utf-8")
     return folder

@@ -18,6 +18,15 @@ _SHAPE = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
+# What the GPU's kernels are made for; bits that depend on the batch would change the canaries' text.
+_GPU_SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+GPU_ARGUMENTS: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "batch_invariant": True}
 # Few blocks and a short queue: requests are preempted, swapped and refused.
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -38,5 +47,6 @@ def write_repository(folder: Path, **arguments: Any) -> Path:
         if path.name != "model.safetensors":
             shutil.copy(path, model / path.name)
     config = json.loads((default / "config.json").read_text(encoding="utf-8"))
-    (model / "config.json").write_text(json.dumps(config | _SHAPE), encoding="utf-8")
+    shape = _SHAPE | (_GPU_SHAPE if arguments.get("device") == "cuda" else {})
+    (model / "config.json").write_text(json.dumps(config | shape), encoding="utf-8")
     return write_shipped(folder, **(ARGUMENTS | {"model": str(model)} | arguments))

@@ -1,4 +1,4 @@
-"""benchmarks/results/soak.json and docs/soak.png."""
+"""What a soak leaves in benchmarks/results and docs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NUM_BINS = 60
 Floats = npt.NDArray[np.float64]
 
 
-def record(soak: Soak, commit: str) -> None:
-    """Write both."""
+def record(soak: Soak, commit: str, name: str) -> None:
+    """Write benchmarks/results/NAME.json and docs/NAME.png."""
     assert soak.before is not None and soak.after is not None
     before, after = soak.before, soak.after
     total = sum(soak.outcomes.values())
@@ -39,6 +39,8 @@ def record(soak: Soak, commit: str) -> None:
         *_same("file descriptors", before.num_files, after.num_files),
         *_same("shared memory", before.region_mib, after.region_mib, "MiB"),
     ]
+    if before.device_mib:
+        rows += _same("device memory", before.device_mib, after.device_mib, "MiB")
     rows += [
         report.row(
             f"goodput at twice that rate{name}", rates.goodput, "1/s", "full load", rates.peak, higher_is_better=True
@@ -50,8 +52,8 @@ def record(soak: Soak, commit: str) -> None:
         f"{soak.seconds:.0f} s; {counts}; {soak.num_canaries} canaries with the same text; blocks, rows and queue empty at the "
         f"end; faults: {len(soak.faults)}"
     )
-    report.write("soak", rows, notes, measured=report.source(commit))
-    _draw(soak)
+    report.write(name, rows, notes, measured=report.source(commit))
+    _draw(soak, name)
 
 
 def growth_in_second_half(memory: list[float]) -> float:
@@ -65,7 +67,7 @@ def _same(name: str, before: float, after: float, unit: str = "") -> list[report
     return [report.row(f"{name} at the end", after, unit, "before", before, higher_is_better=False)]
 
 
-def _draw(soak: Soak) -> None:
+def _draw(soak: Soak, name: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,10 +76,10 @@ def _draw(soak: Soak) -> None:
     picture, (above, below) = plt.subplots(2, 1, figsize=(8, 5), sharex=True)
     edges = np.linspace(0, soak.seconds, NUM_BINS + 1)
     at = np.array([told.at for told in soak.told])
-    for name, values in (("first", [told.first for told in soak.told]), ("last", [told.last for told in soak.told])):
+    for which, values in (("first", [told.first for told in soak.told]), ("last", [told.last for told in soak.told])):
         for percentile, style in ((50, "-"), (99, ":")):
             line = _percentiles(at, np.array(values), edges, percentile)
-            above.plot(edges[:-1], line, style, label=f"{name} response, {percentile} %")
+            above.plot(edges[:-1], line, style, label=f"{which} response, {percentile} %")
     above.set_yscale("log")
     above.set_ylabel("seconds")
     above.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -89,7 +91,7 @@ def _draw(soak: Soak) -> None:
     below.set_xlabel("seconds")
     below.legend(fontsize=8)
     picture.tight_layout()
-    picture.savefig(report.ROOT / "docs" / "soak.png", dpi=110, metadata={"Software": None})
+    picture.savefig(report.ROOT / "docs" / f"{name}.png", dpi=110, metadata={"Software": None})
 
 
 def _percentiles(at: Floats, values: Floats, edges: Floats, percentile: float) -> list[float]:

@@ -54,8 +54,8 @@ class Soak:
         self._canaries: dict[str, str] = {}
         self._begin = 0.0
 
-    async def run(self, num_requests: int) -> None:
-        """Mixed traffic and a look at what it leaves; `faults` says what went wrong."""
+    async def run(self, num_requests: int, seconds: float = 0.0) -> None:
+        """Mixed traffic, so many requests or, if not 0, seconds, and a look at what it leaves; `faults` says what went wrong."""
         clients = Clients(self._server)
         # By twice as many clients: what grows to its highest use and stays there, as shared memory does, has grown then.
         warm_up = max(int(WARM_UP * num_requests), MIN_WARM_UP)
@@ -65,16 +65,17 @@ class Soak:
         self.told.clear()
         self._begin = time.monotonic()
         watching = asyncio.create_task(self._watch())
-        await self._keep_busy(clients, num_requests, self._num_clients)
+        await self._keep_busy(clients, num_requests, self._num_clients, seconds)
         self.seconds = time.monotonic() - self._begin
         watching.cancel()
         self.after = await asyncio.to_thread(idle_sample, self._server, self.before)
         self.faults += leftovers(self.before, self.after)
         await clients.close()
 
-    async def _keep_busy(self, clients: Clients, num_requests: int, num_at_once: int) -> None:
-        """So many requests, a fixed number of them at a time."""
-        left = iter(range(num_requests))
+    async def _keep_busy(self, clients: Clients, num_requests: int, num_at_once: int, seconds: float = 0.0) -> None:
+        """So many requests, or for so many seconds, a fixed number of them at a time."""
+        deadline = time.monotonic() + seconds
+        left = iter(lambda: time.monotonic() < deadline, False) if seconds else iter(range(num_requests))
 
         async def client() -> None:
             for _ in left:
@@ -130,7 +131,7 @@ class Soak:
 def leftovers(before: Sample, after: Sample) -> list[str]:
     """What is left of the requests between two idle moments, a line each."""
     found = [] if after.is_idle else [f"not idle at the end: {after}"]
-    for name in ("num_model_threads", "num_files", "num_regions", "region_mib"):
+    for name in ("num_model_threads", "num_files", "num_regions", "region_mib", "device_mib"):
         if getattr(after, name) > getattr(before, name):
             found.append(f"{name} grew from {getattr(before, name)} to {getattr(after, name)}")
     return found

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from pagedcore.serve.triton_server import TritonServer
 from tests.serve.processes import processes_with
 from tests.triton.clients import metric
@@ -27,10 +29,19 @@ class Sample:
     kv_usage: float
     num_running: float
     num_waiting: float
+    device_mib: float = 0.0  # in use on the GPU, whoever it is
 
     @property
     def is_idle(self) -> bool:
         return self.kv_usage == self.num_running == self.num_waiting == 0.0
+
+
+def device_mib() -> float:
+    """Memory in use on the first GPU, as its driver says; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free_bytes, total_bytes = torch.cuda.mem_get_info(0)
+    return (total_bytes - free_bytes) / 2**20
 
 
 def sample(server: TritonServer) -> Sample:
@@ -45,6 +56,10 @@ def sample(server: TritonServer) -> Sample:
         model_threads += num_threads if pid in models else 0
         files += len(list((folder / "fd").iterdir()))
     regions = list(Path("/dev/shm").glob(f"{server.shm_prefix}*"))
+    usage, running, waiting = (
+        metric(server.metrics_url, f"vllm:{name}")
+        for name in ("kv_cache_usage_perc", "num_requests_running", "num_requests_waiting")
+    )
     return Sample(
         memory,
         threads,
@@ -52,10 +67,10 @@ def sample(server: TritonServer) -> Sample:
         files,
         len(regions),
         sum(path.stat().st_size for path in regions) / 2**20,
-        *(
-            metric(server.metrics_url, f"vllm:{name}")
-            for name in ("kv_cache_usage_perc", "num_requests_running", "num_requests_waiting")
-        ),
+        usage,
+        running,
+        waiting,
+        device_mib(),
     )
 
 
