@@ -10,14 +10,14 @@ import torch
 
 NAME = "vllm_backend"
 
-# Triton's stub knows nothing of the environment that vLLM is in, nor of the backend's own folder. It needs numpy 1, and what vLLM
-# needs beside it expects two names of numpy 2; the processes that vLLM starts get the machine's own numpy.
+# Triton's stub knows nothing of the environment that vLLM is in, nor of the backend's own folder. It needs numpy 1, which packages
+# that vLLM does without do not go with; the processes that vLLM starts get the machine's own numpy.
 _MODEL_PY = """import os
 import sys
 
 import numpy
 
-numpy.long, numpy.ulong = numpy.int_, numpy.uint
+sys.modules.update(dict.fromkeys(("accelerate", "scipy", "sklearn")))
 sys.path[:0] = [{vllm!r}, {source!r}, {machine!r}]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
 with open({path!r}, encoding="utf-8") as file:
