@@ -8,7 +8,7 @@ import pytest
 
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import MODEL
-from tests.triton.conftest import ROOT, write_repository
+from tests.triton.repository import ROOT, write_repository
 
 Measure = Callable[[float, float], None]
 

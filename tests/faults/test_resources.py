@@ -32,7 +32,7 @@ from tests.triton.clients import (
     stream_infer,
     wait_until,
 )
-from tests.triton.conftest import write_repository
+from tests.triton.repository import write_repository
 
 pytestmark = pytest.mark.slow
 

@@ -28,7 +28,7 @@ from pagedcore.text import load_tokenizer
 from tests.fuzz import parser, server
 from tests.fuzz.process import Holdings, holdings
 from tests.serve.processes import processes_with
-from tests.triton.conftest import write_repository
+from tests.triton.repository import write_repository
 
 BATCH = 10_000
 SERVER_BATCH = 500

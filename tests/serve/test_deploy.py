@@ -22,7 +22,7 @@ from pagedcore.serve.triton_install import ensure_tritonserver
 from pagedcore.serve.triton_server import child_environment, find_free_ports
 from tests.serve.processes import assert_nothing_is_left, wait_for
 from tests.triton.clients import MODEL, grpc_stream
-from tests.triton.conftest import ENGINE_ARGUMENTS
+from tests.triton.repository import ENGINE_ARGUMENTS
 
 ROOT = Path(__file__).parent.parent.parent
 KUBERNETES = ROOT / "deploy" / "kubernetes"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pagedcore.serve.default_model import ensure_default_model
-from tests.triton.conftest import write_repository as write_shipped
+from tests.triton.repository import write_repository as write_shipped
 
 _SHAPE = {
     "hidden_size": 64,

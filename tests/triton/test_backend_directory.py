@@ -20,8 +20,8 @@ from pagedcore.serve.install_backend import install_backend, is_ours
 from pagedcore.serve.triton_install import TritonInstallation, ensure_tritonserver
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import TIMEOUT, grpc_stream, wait_until
-from tests.triton.conftest import ENGINE_ARGUMENTS
 from tests.triton.judge import Judge
+from tests.triton.repository import ENGINE_ARGUMENTS
 
 MODEL = "vllm_model"
 CONFIG = """backend: "vllm"

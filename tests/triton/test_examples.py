@@ -8,7 +8,7 @@ import sys
 
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import generate
-from tests.triton.conftest import ROOT
+from tests.triton.repository import ROOT
 
 PROMPT = "Once upon a time"
 

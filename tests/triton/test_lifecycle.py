@@ -15,7 +15,7 @@ import pytest
 from pagedcore.serve.triton_server import TritonServer
 from tests.serve.processes import assert_nothing_is_left, processes_with
 from tests.triton.clients import MODEL, Answer, generate, grpc_stream, metrics_text, responses_of, wait_until
-from tests.triton.conftest import ENGINE_ARGUMENTS, write_arguments, write_repository
+from tests.triton.repository import ENGINE_ARGUMENTS, write_arguments, write_repository
 
 _INTEGER_PROMPT = 'input [{ name: "text_input" data_type: TYPE_INT32 dims: [1] }]'
 

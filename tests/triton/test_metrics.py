@@ -14,7 +14,7 @@ from pagedcore_triton.metric_families import Snapshot, gauges
 from pagedcore.engine.outputs import EngineStats
 from pagedcore.serve.triton_server import TritonServer
 from tests.triton.clients import generate, generate_grpc, grpc_stream, metrics_text, wait_until
-from tests.triton.conftest import ENGINE_ARGUMENTS
+from tests.triton.repository import ENGINE_ARGUMENTS
 from tests.triton.samples import OWN_LABELS, Growth, parse
 
 _POWERS = [digit * 10**power for power in range(4) for digit in (1, 2, 5)]
